@@ -1,0 +1,183 @@
+"""What a run is: one table per concern, one docstring per field.
+
+The docstrings are the reference: `tozan config schema`, the editor's hints and `docs/config.md` are made from them.
+Rules that tie several fields together live in `check.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Table(BaseModel):
+    """A TOML table: strict types, no unknown keys, frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Table):
+    """The network. Give a preset, or every size; a size given beside a preset replaces the preset's."""
+
+    preset: str | None = None
+    """Name of a shape that tozan ships, such as `gpt2-124m`; `tozan config show --presets` lists them."""
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """`gpt2`: LayerNorm, learned positions, GELU, biases. `llama`: RMSNorm, RoPE, SwiGLU, no biases."""
+    layers: Positive = 12
+    """Number of transformer blocks."""
+    width: Positive = 768
+    """Width of the residual stream (hidden size); a multiple of `heads`."""
+    heads: Positive = 12
+    """Number of query heads."""
+    kv_heads: Positive | None = None
+    """Number of key/value heads (grouped-query attention); divides `heads`. Default: `heads`."""
+    mlp_width: Positive | None = None
+    """Inner width of the MLP. Default: 4 × width for gpt2; 8/3 × width rounded up to a multiple of 64 for llama."""
+    vocabulary: Positive | None = None
+    """Rows of the embedding. Default: the tokenizer's size rounded up to a multiple of 64."""
+    sequence: Positive = 1024
+    """Tokens in a training sample, and for gpt2 the number of learned positions."""
+    tied: bool = True
+    """Share the embedding with the output head."""
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Added to the variance inside every norm."""
+    rope_base: Annotated[float, Field(gt=0.0)] = 10_000.0
+    """Base of the rotary frequencies (llama only)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on embeddings, attention output and MLP output; 0 for pre-training."""
+
+
+class Data(Table):
+    """Where samples come from, and in which order."""
+
+    path: str
+    """Folder written by `tozan data build`."""
+    seed: int = 0
+    """Seed of the sample order. The order depends on this and on the step only."""
+    verify: Literal["full", "members"] = "members"
+    """`members`: check each member's checksum as it is read. `full`: check every shard's SHA-256 first, too."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """A damaged member stops the run (`refuse`), or is replaced by the next good sample and counted (`skip`)."""
+
+
+class Layout(Table):
+    """How a run is split over processes."""
+
+    data: Positive = 1
+    """Data-parallel replicas."""
+
+
+class Train(Table):
+    """The length of the run, the batch, and how a step is computed."""
+
+    steps: Positive
+    """Optimizer steps in the whole run."""
+    micro_batch: Positive | None = None
+    """Samples in one forward pass of one process."""
+    accumulate: Positive | None = None
+    """Micro-batches of one process in one optimizer step."""
+    global_batch: Positive | None = None
+    """Samples in one optimizer step: micro_batch × accumulate × layout.data. Give any two, or one; the rest is solved."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Compute type. Weights, gradients and optimizer state stay fp32; fp16 scales the loss dynamically."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, the MLP's inner ones (`selective`), or whole blocks (`full`)."""
+    compile: bool = False
+    """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
+    deterministic: bool = True
+    """Use only operations that give the same bits when repeated."""
+    seed: int = 0
+    """Seed of the initial weights and of dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a GPU if there is one."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads for computing; 0 means all cores this process may use."""
+    max_bad_steps: Annotated[int, Field(ge=0)] = 10
+    """Stop after this many skipped steps in a row (loss or gradient not finite)."""
+
+
+class Optim(Table):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 6e-4
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Learning rate at the last step."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after warm-up; `wsd` (warm-up, stable, decay) holds the peak, then falls linearly over `decay` steps."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0 to `lr`."""
+    decay: Positive | None = None
+    """Length in steps of the final fall of `wsd`. Default: a fifth of the run."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay, on matrices only (norms and biases are spared)."""
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class Eval(Table):
+    """Held-out loss during the run."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0 means only at the end. Step 0 is always evaluated when this is above 0."""
+    samples: Positive = 64
+    """Held-out samples per evaluation (fewer if the split is smaller), always the same ones."""
+
+
+class Checkpoint(Table):
+    """When state is saved and what is kept."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0 means only at the end."""
+    keep_last: Positive = 2
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0 keeps none."""
+    background: bool = True
+    """Write while training goes on, from a copy of the state."""
+
+
+class Metrics(Table):
+    """What is written down. `metrics.jsonl` in the run folder is always written."""
+
+    every: Positive = 1
+    """Steps between records."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs `pip install 'tozan[tensorboard]'`)."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs `pip install 'tozan[wandb]'`; WANDB_MODE=offline works)."""
+    profile: list[Annotated[int, Field(ge=0)]] = []
+    """First and last step to trace, such as [10, 12]: writes `trace.json` for Perfetto."""
+
+
+class Run(Table):
+    """The run itself."""
+
+    folder: str = "runs/default"
+    """Folder for the run's files; an unfinished run found there is continued."""
+
+
+class Config(Table):
+    """A run: `tozan train` executes it."""
+
+    version: Literal[1]
+    """Version of this schema; always 1."""
+    run: Run = Run()
+    model: Model = Model()
+    data: Data
+    layout: Layout = Layout()
+    train: Train
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()

@@ -1,0 +1,35 @@
+"""The one way tozan tells a user about her mistake: what, where, which rule, and what to write instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake, said so that it can be mended without reading the source."""
+
+    where: str
+    """Where the value came from: `run.toml:12`, `--optim.lr`, `shard-00003.tar:doc-17 @ 8192`."""
+    what: str
+    """The value as it was written, and the rule it breaks with that rule's numbers."""
+    fix: str = ""
+    """What to write instead."""
+
+    def __str__(self) -> str:
+        fix = f"\n    → {self.fix}" if self.fix else ""
+        return f"{self.where}: {self.what}{fix}"
+
+
+class UserError(Exception):
+    """Mistakes that the user can mend; the command line prints them without a traceback and exits with 2.
+
+    Attributes:
+        problems: every mistake found, not only the first.
+    """
+
+    def __init__(self, *problems: Problem) -> None:
+        if not problems:
+            raise ValueError("a UserError needs at least one Problem")
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, problems)))
