@@ -6,7 +6,7 @@ Every count is exact for the models beside this file, and tests hold it to them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Family = Literal["gpt2", "llama"]
 
@@ -113,3 +113,52 @@ def hardware_flops(shape: Shape, recompute: Literal["none", "selective", "full"]
     head = 2 * shape.sequence * shape.vocabulary * shape.width
     again = forward_flops(shape) - head if recompute == "full" else 0
     return model_flops(shape) + again
+
+
+class ModelTable(Protocol):
+    """What `resolve` reads: the `[model]` table of a config (`tozan.config.schema.Model`)."""
+
+    family: Family
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int | None
+    mlp_width: int | None
+    vocabulary: int | None
+    sequence: int
+    tied: bool
+    norm_eps: float
+    rope_base: float
+    dropout: float
+
+
+def resolve(table: ModelTable, tokenizer_size: int | None = None) -> Shape:
+    """The full shape of a config's model table.
+
+    Args:
+        table: the `[model]` table; sizes left out take their defaults.
+        tokenizer_size: ids of the tokenizer; the default vocabulary is this, rounded up to a multiple of 64
+            (matrix units like round sizes).
+
+    Raises:
+        ValueError: neither the table nor a tokenizer says how large the vocabulary is.
+    """
+    vocabulary = table.vocabulary
+    if vocabulary is None:
+        if tokenizer_size is None:
+            raise ValueError("the vocabulary needs model.vocabulary or a tokenizer")
+        vocabulary = -(-tokenizer_size // 64) * 64
+    return Shape(
+        family=table.family,
+        layers=table.layers,
+        width=table.width,
+        heads=table.heads,
+        kv_heads=table.kv_heads or table.heads,
+        mlp_width=table.mlp_width or default_mlp_width(table.family, table.width),
+        vocabulary=vocabulary,
+        sequence=table.sequence,
+        tied=table.tied,
+        norm_eps=table.norm_eps,
+        rope_base=table.rope_base,
+        dropout=table.dropout,
+    )
