@@ -81,11 +81,11 @@ class Train(Table):
     accumulate: Positive | None = None
     """Micro-batches of one process in one optimizer step."""
     global_batch: Positive | None = None
-    """Samples in one optimizer step: micro_batch × accumulate × layout.data. Give any two, or one; the rest is solved."""
+    """Samples in one optimizer step: micro_batch × accumulate × layout.data. What is left out is solved for."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute type. Weights, gradients and optimizer state stay fp32; fp16 scales the loss dynamically."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: none, the MLP's inner ones (`selective`), or whole blocks (`full`)."""
+    """Activations recomputed in the backward pass: none, the MLP's inner ones (`selective`), or all (`full`)."""
     compile: bool = False
     """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
     deterministic: bool = True
