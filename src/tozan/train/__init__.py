@@ -1,1 +1,28 @@
-"""."""
+"""Training: a run is assembled (`run`), looped over (`loop`) and taken one step at a time (`step`)."""
+
+from __future__ import annotations
+
+from tozan.config import Loaded
+from tozan.train.evaluate import evaluate, held_out, open_model
+from tozan.train.faults import Interrupted
+from tozan.train.loop import Result, fit
+from tozan.train.run import Listener, Run, assemble
+
+__all__ = ["Interrupted", "Listener", "Result", "Run", "assemble", "evaluate", "fit", "held_out", "open_model", "train"]
+
+
+def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
+    """Train the run that a config describes, from its newest checkpoint if it has one.
+
+    Args:
+        loaded: from `tozan.config.load`.
+        on_record: called with each metrics record as it is written, e.g. by a live display.
+
+    Returns:
+        Where the run is and how it ended.
+
+    Raises:
+        UserError: config, data and checkpoint do not fit together, or the loss stayed not finite.
+        Interrupted: a signal asked the run to stop; its state is saved.
+    """
+    return fit(assemble(loaded), on_record)

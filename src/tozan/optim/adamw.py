@@ -1,0 +1,79 @@
+"""AdamW over named parameters, with a state that knows names instead of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+SLOTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamWTable(Protocol):
+    """What `AdamW` reads: the `[optim]` table of a config."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class AdamW:
+    """AdamW (arXiv 1711.05101), torch's fused one: a single pass over memory per parameter.
+
+    Matrices decay, vectors (norms and biases) do not. The state is addressed as `exp_avg/<parameter>`,
+    `exp_avg_sq/<parameter>` and `updates`, so that a checkpoint does not depend on the order of parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], table: AdamWTable) -> None:
+        self.parameters = dict(parameters)
+        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
+        vectors = [p for p in self.parameters.values() if p.ndim < 2]
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((matrices, table.weight_decay), (vectors, 0.0))
+            if group
+        ]
+        self._adamw = torch.optim.AdamW(
+            groups, lr=table.lr, betas=(table.beta1, table.beta2), eps=table.eps, fused=True
+        )
+        for parameter in self.parameters.values():
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                **{slot: torch.zeros_like(parameter) for slot in SLOTS},
+            }
+
+    def step(self, lr: float) -> None:
+        """Update every parameter from its `.grad` at learning rate `lr`."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients (and their memory)."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live state: `{"<slot>/<parameter>": tensor, "updates": 0-d tensor}`."""
+        state = {
+            f"{slot}/{name}": self._adamw.state[parameter][slot]
+            for name, parameter in self.parameters.items()
+            for slot in SLOTS
+        }
+        state["updates"] = next(iter(self._adamw.state.values()))["step"]
+        return state
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a saved state in.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        for name, parameter in self.parameters.items():
+            state = self._adamw.state[parameter]
+            for slot in SLOTS:
+                state[slot].copy_(tensors[f"{slot}/{name}"])
+            state["step"].copy_(tensors["updates"])

@@ -1,0 +1,101 @@
+"""Held-out loss, and models opened from checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tozan import checkpoint, models
+from tozan.data import Dataset, Tokenizer
+from tozan.errors import Problem, UserError
+from tozan.models.arithmetic import Shape
+from tozan.train import machine
+from tozan.train.precision import Precision
+
+
+@torch.no_grad()
+def held_out(
+    model: nn.Module, data: Dataset, samples: int, micro_batch: int, precision: Precision
+) -> dict[str, float | int]:
+    """Mean loss over the first `samples` windows of a split.
+
+    Returns:
+        `loss` in nats per token, `perplexity` = e^loss, `bits_per_byte` (comparable across tokenizers),
+        `tokens` scored and `seconds` taken.
+    """
+    start = time.perf_counter()
+    windows = torch.from_numpy(data.in_order(samples))
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for first in range(0, len(windows), micro_batch):
+        piece = windows[first : first + micro_batch].to(precision.device)
+        with precision.autocast():
+            total += model(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()).item()
+        tokens += piece[:, 1:].numel()
+    model.train(was_training)
+    loss = total / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) / data.bytes_per_token,
+        "tokens": tokens,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def open_model(path: Path, device: str = "auto") -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """The model and tokenizer of a checkpoint (or of a run's newest one), in evaluation mode, and its metadata.
+
+    Raises:
+        UserError: there is no checkpoint at `path`, or it is damaged.
+    """
+    state = checkpoint.load(checkpoint.resolve(path), only="model/")
+    if "tokenizer.json" not in state.files:
+        raise UserError(
+            Problem(str(path), "has no tokenizer.json", "convert the model again from a folder that has one")
+        )
+    model = models.create(Shape(**state.meta["shape"]), seed=0)
+    model.load_state_dict({name.removeprefix("model/"): tensor for name, tensor in state.tensors.items()})
+    model = model.to(machine.choose_device(device)).eval()
+    return model, Tokenizer.load(state.files["tokenizer.json"]), {"step": state.step, **state.meta}
+
+
+def evaluate(
+    path: Path, data: Path | None = None, samples: int = 256, precision: str = "fp32"
+) -> dict[str, float | int]:
+    """Held-out perplexity of a checkpoint.
+
+    Args:
+        path: a run folder or a checkpoint.
+        data: a data set folder; default is the one that the checkpoint was trained on.
+        samples: held-out windows to score (fewer if the split is smaller).
+        precision: compute type, `fp32`, `bf16` or `fp16`.
+
+    Raises:
+        UserError: no checkpoint, no data, or data of another tokenizer.
+    """
+    machine.prepare(threads=0, deterministic=False)
+    model, _, meta = open_model(path)
+    if data is None and "data" not in meta:
+        raise UserError(Problem(str(path), "does not say which data it was trained on", "name a data set with --data"))
+    folder = data or Path(meta["data"]["path"])
+    split = Dataset.open(
+        folder, "validation", sequence=meta["shape"]["sequence"], seed=0, verify="members", on_bad="refuse"
+    )
+    if meta.get("tokenizer_sha256") not in (None, split.tokenizer_sha256):
+        raise UserError(
+            Problem(
+                str(folder),
+                f"has tokenizer {split.tokenizer_sha256[:12]}…, the model was trained with "
+                f"{meta['tokenizer_sha256'][:12]}…",
+                "build the data with the model's tokenizer: tozan data build … --tokenizer CHECKPOINT/tokenizer.json",
+            )
+        )
+    device = next(model.parameters()).device
+    return {"step": meta["step"], **held_out(model, split, samples, 1, Precision(precision, device))}  # type: ignore[arg-type]

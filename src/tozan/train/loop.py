@@ -1,0 +1,140 @@
+"""The loop over steps: train, write metrics, evaluate, save, stop when asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tozan.checkpoint import Saver
+from tozan.models.arithmetic import hardware_flops, model_flops
+from tozan.train.evaluate import held_out
+from tozan.train.faults import BadSteps, Interrupted, StopSignal
+from tozan.train.metrics import Clock, Metrics
+from tozan.train.profile import Profiler
+from tozan.train.run import Listener, Run
+from tozan.train.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        folder: the run's folder.
+        step: optimizer steps done.
+        loss: training loss of the last step, in nats per token (None if nothing was left to do).
+        held_out: the last evaluation's record, or None without a held-out split.
+    """
+
+    folder: Path
+    step: int
+    loss: float | None
+    held_out: dict[str, float | int] | None
+
+
+def fit(run: Run, on_record: Listener | None = None) -> Result:
+    """Train from `run.step` to the last step.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the state of the last whole step is saved.
+        UserError: too many steps in a row were not finite; a file could not be written.
+    """
+    config = run.config
+    synchronize = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    metrics = Metrics.open(run.folder, config, on_record)
+    saver = Saver(
+        run.checkpoints,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        background=config.checkpoint.background,
+    )
+    result, score = None, None
+    try:
+        with saver, StopSignal() as stop, Profiler(config.metrics.profile, run.folder / "trace.json") as profiler:
+            for event, text in run.notes:
+                metrics.write("event", run.step, event=event, text=text)
+            if run.step == 0 and config.eval.every:
+                score = evaluate(run, metrics)
+            bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize)
+            while run.step < config.train.steps and not stop.received:
+                profiler.begin(run.step)
+                result = train_step(run, clock)
+                profiler.end(run.step)
+                advance(run, result)
+                report(run, result, metrics, clock)
+                bad.record(run.step, None if result.overflow else result.skipped)
+                last = run.step == config.train.steps
+                if due(run.step, config.eval.every) or last:
+                    score = evaluate(run, metrics)
+                    clock.mark("evaluation")
+                if due(run.step, config.checkpoint.every) or last or stop.received:
+                    saver.save(run.state())
+                    metrics.write("event", run.step, event="checkpoint", text=f"step {run.step}")
+                    clock.mark("checkpoint")
+            saver.wait()
+            if stop.received:
+                metrics.write("event", run.step, event="stopped", text=stop.received.name)
+                raise Interrupted(stop.received, run.step)
+    finally:
+        metrics.close()
+    return Result(run.folder, run.step, result.loss if result else None, score)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `step` steps."""
+    return every > 0 and step % every == 0
+
+
+def advance(run: Run, result: StepResult) -> None:
+    """Count a step as done; a skipped one too, since its samples are used up."""
+    run.step += 1
+    run.samples += run.global_batch
+    run.tokens += result.tokens
+
+
+def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock) -> None:
+    """Write the step's record.
+
+    `seconds` and `phases` run from the previous record to this one, so they hold the evaluation and the checkpoint
+    between the two; rates leave those out.
+    """
+    if result.skipped is not None:
+        metrics.write("event", run.step, event="skipped step", text=result.skipped)
+    if run.step % run.config.metrics.every and run.step != run.config.train.steps:
+        return
+    seconds, phases = clock.lap()
+    working = seconds - phases.get("evaluation", 0.0) - phases.get("checkpoint", 0.0)
+    steps = (
+        run.config.metrics.every if run.step % run.config.metrics.every == 0 else run.step % run.config.metrics.every
+    )
+    rate = result.tokens * steps / working
+    achieved = rate * model_flops(run.shape) / run.shape.sequence
+    executed = rate * hardware_flops(run.shape, run.config.train.recompute) / run.shape.sequence
+    metrics.write(
+        "step",
+        run.step,
+        tokens=run.tokens,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=result.lr,
+        seconds=seconds,
+        tokens_per_second=rate,
+        model_flops_per_second=achieved,
+        mfu=achieved / run.peak_flops,
+        hfu=executed / run.peak_flops,
+        phases=phases,
+        skipped=result.skipped,
+        skipped_samples=run.data.skipped,
+        loss_scale=run.precision.scale,
+    )
+
+
+def evaluate(run: Run, metrics: Metrics) -> dict[str, float | int] | None:
+    """Write and return the held-out score; None without a held-out split."""
+    if run.validation is None:
+        return None
+    score = held_out(run.model, run.validation, run.config.eval.samples, run.micro_batch, run.precision)
+    metrics.write("eval", run.step, **score)
+    return score

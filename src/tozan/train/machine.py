@@ -1,0 +1,87 @@
+"""The process and the machine under it: allocator, threads, and the GEMM rate that MFU is measured against."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+# Names and values from glibc's malloc.h; each allows mallopt() to keep freed blocks in the process.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep large freed blocks instead of returning them to the kernel at every step.
+
+    By default each activation is mapped, page-faulted in and unmapped again, which costs a training step up to half its
+    speed. Returns False where the C library is not glibc (nothing is changed then).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 64 << 20))
+    accepted = [mallopt(name, value) == 1 for name, value in settings]
+    return all(accepted)
+
+
+def prepare(threads: int, deterministic: bool) -> None:
+    """Set this process up for training: allocator, thread count, determinism.
+
+    Args:
+        threads: threads for computing; 0 means every core this process may run on.
+        deterministic: refuse operations whose bits differ from run to run.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.use_deterministic_algorithms(deterministic)
+    # Filling fresh memory with NaN is a debugging aid of that mode; it would double the memory traffic.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `cpu`, `cuda` or `auto` (a GPU where there is one)."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def measure_gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
+    """The best FLOP/s of a square matrix product, on random operands, over about `seconds`.
+
+    Size 2,048 on a CPU, 8,192 on a GPU. Random operands matter: matrix units run faster on zeros.
+    """
+    size = 8_192 if device.type == "cuda" else 2_048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, end, repeats = float("inf"), time.perf_counter() + seconds, 0
+    while repeats < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best, repeats = min(best, time.perf_counter() - start), repeats + 1
+    return 2 * size**3 / best
+
+
+def describe() -> dict[str, str | int]:
+    """Processor, cores this process may use, and memory in bytes."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
