@@ -1,0 +1,1 @@
+"""How a model is split and what it keeps in memory."""
