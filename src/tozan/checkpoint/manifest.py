@@ -1,0 +1,174 @@
+"""The manifest: what a checkpoint's files and tensors are, bound to their checksums. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tozan.errors import Problem, UserError
+from tozan.files import naming
+
+NAME = "manifest.json"
+VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+"""Bytes of an element, by the safetensors format's name of its type."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Header(_Entry):
+    """The first bytes of a safetensors file: its length field, its JSON and the padding."""
+
+    bytes: Size
+    sha256: Sha256
+
+
+class File(_Entry):
+    """One file of the checkpoint."""
+
+    bytes: Size
+    sha256: Sha256
+    header: Header | None = None
+    """Only for safetensors files. Header and tensors cover every byte, so a reader need not hash twice."""
+
+
+class Part(_Entry):
+    """A box of a global tensor, stored in one file under the tensor's name without its group."""
+
+    file: FileName
+    offset: list[Size]
+    """Where the box starts in the global tensor, one number per dim."""
+    shape: list[Size]
+    sha256: Sha256
+    """Of the box's bytes in row-major order."""
+
+
+class Entry(_Entry):
+    """One global tensor."""
+
+    dtype: str
+    """As the safetensors format names it: F32, BF16, ..."""
+    shape: list[Size]
+    parts: Annotated[list[Part], Field(min_length=1)]
+    """Boxes that together hold each element once; today always one, the whole."""
+
+
+class Manifest(_Entry):
+    """What is in one checkpoint folder."""
+
+    format: Literal["tozan checkpoint"]
+    version: Literal[1]
+    step: Size
+    state: Sha256 | None
+    """The state hash of all tensors, if each is in one part."""
+    files: dict[FileName, File]
+    tensors: dict[str, Entry]
+
+
+def key(name: str) -> str:
+    """A tensor's key in its safetensors file: its name without the group, so that other tools see plain names."""
+    return name.partition("/")[2]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`: its last line but one carries the SHA-256 of all that stands before it."""
+    text = json.dumps(manifest.model_dump(), indent=1, ensure_ascii=True)
+    body = text.removesuffix("\n}") + ",\n"
+    return (body + _tail(body.encode())).encode()
+
+
+def read(folder: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint.
+
+    Raises:
+        UserError: it is missing, damaged, edited, of another version, or contradicts itself.
+    """
+    path = folder / NAME
+    with naming(path, "read"):
+        data = path.read_bytes()
+    body, mark, _ = data.rpartition(b' "checksum": ')
+    if not mark or data != body + _tail(body).encode():
+        fix = "it was cut off, damaged or edited: use another checkpoint"
+        raise UserError(Problem(str(path), "does not match its own checksum", fix))
+    try:
+        table = json.loads(data)
+        del table["checksum"]
+        version = table.get("version")
+        if table.get("format") == "tozan checkpoint" and version != VERSION:
+            raise UserError(
+                Problem(str(path), f"has format version {version!r}, this tozan reads {VERSION}", "use a newer tozan")
+            )
+        manifest = Manifest.model_validate(table)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(Problem(str(path), f"is no manifest of a checkpoint: {_first_line(error)}")) from error
+    problems = [Problem(str(path), what) for what in contradictions(manifest)]
+    if problems:
+        raise UserError(*problems)
+    return manifest
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """What a manifest says that cannot be, so that a reader may trust its numbers."""
+    found = []
+    for name, entry in manifest.tensors.items():
+        if "/" not in name:
+            found.append(f"tensor {name!r} has no group")
+        if entry.dtype not in ITEM_BYTES:
+            found.append(f"tensor {name!r} has unknown dtype {entry.dtype!r}")
+            continue
+        for part in entry.parts:
+            file = manifest.files.get(part.file)
+            if file is None or file.header is None:
+                found.append(f"tensor {name!r} is said to be in {part.file!r}, which is no tensor file of the manifest")
+            elif part_bytes(entry, part) > file.bytes:
+                found.append(f"tensor {name!r} is larger than its file {part.file!r}")
+        if not _tiles(entry):
+            found.append(f"the parts of tensor {name!r} do not make up its shape {entry.shape}")
+    return found
+
+
+def part_bytes(entry: Entry, part: Part) -> int:
+    """Bytes of one part of a tensor."""
+    return math.prod(part.shape) * ITEM_BYTES[entry.dtype]
+
+
+def _tiles(entry: Entry) -> bool:
+    """Whether the parts lie inside the tensor, do not overlap, and hold all of its elements."""
+    if any(len(box.offset) != len(entry.shape) or len(box.shape) != len(entry.shape) for box in entry.parts):
+        return False
+    boxes = [list(zip(box.offset, box.shape, strict=True)) for box in entry.parts]
+    inside = all(at + size <= whole for box in boxes for (at, size), whole in zip(box, entry.shape, strict=True))
+    overlap = any(
+        all(a < b + m and b < a + n for (a, n), (b, m) in zip(one, other, strict=True))
+        for index, one in enumerate(boxes)
+        for other in boxes[:index]
+    )
+    return inside and not overlap and sum(math.prod(p.shape) for p in entry.parts) == math.prod(entry.shape)
+
+
+def _tail(body: bytes) -> str:
+    return f' "checksum": "{hashlib.sha256(body).hexdigest()}"\n}}\n'
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error).partition("\n")[0]
