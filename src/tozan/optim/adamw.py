@@ -24,8 +24,9 @@ class AdamWTable(Protocol):
 class AdamW:
     """AdamW (arXiv 1711.05101), torch's fused one: a single pass over memory per parameter.
 
-    Matrices decay, vectors (norms and biases) do not. The state is addressed as `exp_avg/<parameter>`,
-    `exp_avg_sq/<parameter>` and `updates`, so that a checkpoint does not depend on the order of parameters.
+    Matrices decay, vectors (norms and biases) do not. The state is addressed as `exp_avg/<parameter>` and
+    `exp_avg_sq/<parameter>`, beside the number of `updates`, so that a checkpoint does not depend on the order of
+    parameters.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], table: AdamWTable) -> None:
@@ -56,24 +57,20 @@ class AdamW:
         """Forget the gradients (and their memory)."""
         self._adamw.zero_grad(set_to_none=True)
 
+    @property
+    def updates(self) -> int:
+        """How many times the parameters were updated; bias correction depends on it."""
+        return int(next(iter(self._adamw.state.values()))["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self._adamw.state.values():
+            state["step"].fill_(count)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The live state: `{"<slot>/<parameter>": tensor, "updates": 0-d tensor}`."""
-        state = {
+        """The live state, `{"<slot>/<parameter>": tensor}`; writing into them (and `updates`) restores a saved one."""
+        return {
             f"{slot}/{name}": self._adamw.state[parameter][slot]
             for name, parameter in self.parameters.items()
             for slot in SLOTS
         }
-        state["updates"] = next(iter(self._adamw.state.values()))["step"]
-        return state
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a saved state in.
-
-        Raises:
-            KeyError: a tensor is missing.
-        """
-        for name, parameter in self.parameters.items():
-            state = self._adamw.state[parameter]
-            for slot in SLOTS:
-                state[slot].copy_(tensors[f"{slot}/{name}"])
-            state["step"].copy_(tensors["updates"])

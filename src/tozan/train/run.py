@@ -9,18 +9,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import tozan
-from tozan import checkpoint, models
+from tozan import checkpoint, files, models
 from tozan.checkpoint import State
 from tozan.config import Config, Loaded
-from tozan.data import Dataset
+from tozan.data import Dataset, Manifest
 from tozan.errors import Problem, UserError
-from tozan.files import write_atomically
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
 from tozan.optim.adamw import AdamW
 from tozan.parallel import recompute
@@ -79,6 +78,7 @@ class Run:
         meta = {
             "samples": self.samples,
             "tokens": self.tokens,
+            "updates": self.optimizer.updates,
             "precision": self.precision.state(),
             "shape": dataclasses.asdict(self.shape),
             "data": {"path": str(Path(self.config.data.path).resolve()), "seed": self.config.data.seed},
@@ -87,37 +87,33 @@ class Run:
         files = {"tokenizer.json": self.data.tokenizer_json, "config.toml": self.config_toml.encode()}
         return State(self.step, tensors, meta, files)
 
-    def restore(self, state: State) -> None:
-        """Continue from a saved state.
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint, read straight into the live tensors.
 
         Raises:
-            UserError: the state belongs to another model or another tokenizer.
+            UserError: the checkpoint belongs to another model or another tokenizer, or is damaged.
         """
-        where = f"checkpoint of step {state.step}"
+        meta = checkpoint.load(folder, only="rng/").meta
         problems = [
             Problem(
-                where,
-                f"has {name} {state.meta[name]!r}, this run has {mine!r}",
+                str(folder),
+                f"has {name} {meta[name]!r}, this run has {mine!r}",
                 "start a new run.folder, or use the config that the checkpoint was made with",
             )
             for name, mine in (
                 ("shape", dataclasses.asdict(self.shape)),
                 ("tokenizer_sha256", self.data.tokenizer_sha256),
             )
-            if state.meta[name] != mine
+            if meta[name] != mine
         ]
         if problems:
             raise UserError(*problems)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state.tensors[f"model/{name}"])
-        prefix = "optimizer/"
-        self.optimizer.load(
-            {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
-        )
+        live = self.state()
+        state = checkpoint.load(folder, into=live.tensors)
         torch.set_rng_state(state.tensors["rng/cpu"])
-        self.precision.load(state.meta["precision"])
-        self.step, self.samples, self.tokens = state.step, state.meta["samples"], state.meta["tokens"]
+        self.optimizer.updates = meta["updates"]
+        self.precision.load(meta["precision"])
+        self.step, self.samples, self.tokens = state.step, meta["samples"], meta["tokens"]
 
 
 def assemble(loaded: Loaded) -> Run:
@@ -162,15 +158,15 @@ def assemble(loaded: Loaded) -> Run:
         config_toml=loaded.toml(),
     )
     resume(run)
-    write_atomically(folder / "config.toml", run.config_toml.encode())
-    write_atomically(folder / "run.json", json.dumps(facts(run), indent=2, ensure_ascii=False).encode())
+    files.replace(folder / "config.toml", run.config_toml.encode())
+    files.replace(folder / "run.json", json.dumps(facts(run), indent=2, ensure_ascii=False).encode())
     return run
 
 
 def open_data(config: Config) -> tuple[Dataset, Dataset | None]:
     """The training split, and the held-out one if the data set has any."""
 
-    def split(name: str) -> Dataset:
+    def split(name: Literal["train", "validation"]) -> Dataset:
         return Dataset.open(
             Path(config.data.path),
             name,
@@ -180,14 +176,15 @@ def open_data(config: Config) -> tuple[Dataset, Dataset | None]:
             on_bad=config.data.on_bad,
         )
 
-    return split("train"), split("validation") if Dataset.has(Path(config.data.path), "validation") else None
+    held_out = Manifest.read(Path(config.data.path)).of("validation")
+    return split("train"), split("validation") if held_out else None
 
 
 def resume(run: Run) -> None:
     """Restore the newest good checkpoint of the run's folder; damaged ones are passed over and noted."""
     newest = checkpoint.newest(run.checkpoints, lambda problem: run.notes.append(("damaged checkpoint", str(problem))))
     if newest is not None:
-        run.restore(checkpoint.load(newest))
+        run.restore(newest)
         run.notes.append(("resumed", f"continues from {newest.name}"))
 
 

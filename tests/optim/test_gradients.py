@@ -1,0 +1,44 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tozan.optim.gradients import clip_factor, gradient_norm, scale_gradients
+
+
+def with_gradients(*gradients):
+    parameters = {}
+    for index, gradient in enumerate(gradients):
+        parameters[f"p{index}"] = nn.Parameter(torch.zeros_like(gradient))
+        parameters[f"p{index}"].grad = gradient.clone()
+    return parameters
+
+
+def test_norm_and_clipping_agree_with_torch():
+    torch.manual_seed(0)
+    gradients = [torch.randn(40, 30), torch.randn(7), torch.randn(2, 3, 4)]
+    ours, theirs = with_gradients(*gradients), with_gradients(*gradients)
+    expected = torch.nn.utils.clip_grad_norm_(theirs.values(), 1.5)
+    norm = gradient_norm(ours)
+    assert norm.value == pytest.approx(float(expected), rel=1e-6)
+    scale_gradients(ours, clip_factor(norm.value, 1.5))
+    for name in ours:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-5, atol=1e-7)
+
+
+def test_norm_is_of_the_unscaled_gradient():
+    parameters = with_gradients(torch.full((4,), 8.0))
+    assert gradient_norm(parameters, scale=8.0).value == 2.0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_names_the_parameter_that_is_not_finite(bad):
+    parameters = with_gradients(torch.ones(3), torch.tensor([1.0, bad]))
+    assert "p1" in gradient_norm(parameters).culprit
+
+
+def test_no_clipping_below_the_limit_or_without_one():
+    assert clip_factor(0.5, 1.0) == 1.0
+    assert clip_factor(100.0, 0.0) == 1.0
+    assert clip_factor(4.0, 1.0) == 0.25

@@ -1,0 +1,58 @@
+"""A small data set and small configs for tests of the trainer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tozan import data
+from tozan.config import Loaded, load
+
+CONFIG = """
+version = 1
+[run]
+folder = "{folder}"
+[model]
+family = "gpt2"
+layers = 2
+width = 32
+heads = 2
+sequence = 32
+[data]
+path = "{data}"
+[train]
+steps = 6
+micro_batch = 2
+accumulate = 2
+precision = "fp32"
+threads = 1
+[optim]
+lr = 1e-2
+warmup = 2
+[eval]
+samples = 4
+"""
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 0.4 MB of the standard library, vocabulary 384."""
+    out = tmp_path_factory.mktemp("data") / "set"
+    documents = itertools.islice(data.corpus.standard_library(limit=400_000), 200)
+    data.build(documents, out, vocabulary=384, validation=0.2)
+    return out
+
+
+@pytest.fixture
+def configure(tmp_path: Path, text_data: Path) -> Callable[..., Loaded]:
+    """`configure("--train.steps=3", folder="other")`: a small run in its own folder."""
+
+    def make(*flags: str, folder: str = "run") -> Loaded:
+        path = tmp_path / f"{folder}.toml"
+        path.write_text(CONFIG.format(folder=tmp_path / folder, data=text_data))
+        return load(path, flags)
+
+    return make
