@@ -1,0 +1,161 @@
+"""Numbers as people read them, and the summary of a run in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tozan.report.history import Array, History
+
+PRECISIONS = {"bf16": "bf16 (fp32 weights)", "fp16": "fp16 (fp32 weights)", "fp32": "fp32"}
+
+
+def amount(value: float) -> str:
+    """A count in three digits: `798,720`, `10.1 million`, `124 million`, `1.3 billion`."""
+    if not math.isfinite(value):
+        return "an unknown number of"
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value:,.0f}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """A value with a metric prefix: `scaled(1.8e11, "FLOP/s")` is `180 GFLOP/s`; `—` when it is not known."""
+    if not math.isfinite(value):
+        return "—"
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A span of time in its two largest units: `3 min 20 s`, `2 h 05 min`, `4 d 3 h`."""
+    if not math.isfinite(seconds):
+        return "—"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def percent(share: float) -> str:
+    """A share in two or three digits: `0.344` is `34.4%`."""
+    return f"{100 * share:.3g}%" if math.isfinite(share) else "—"
+
+
+def middle(values: Array) -> float:
+    """The median of the finite values, or NaN when there is none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else float("nan")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number: its name, its value, and a remark under it."""
+
+    name: str
+    value: str
+    remark: str
+
+
+def fall(history: History) -> tuple[str, float, float]:
+    """Which loss to speak of, and its first and last value (nats per token): held-out if there are two or more."""
+    held_out = history.evals["loss"]
+    if held_out.size > 1:
+        return "held-out loss", float(held_out[0]), float(held_out[-1])
+    losses = history.steps["loss"][np.isfinite(history.steps["loss"])]
+    if not losses.size:
+        return "training loss", float("nan"), float("nan")
+    return "training loss", float(losses[0]), float(np.mean(losses[-10:]))
+
+
+def tiles(history: History) -> list[Tile]:
+    """The headline numbers of a run."""
+    which, first, last = fall(history)
+    steps = history.steps
+    mfu = middle(steps["mfu"])
+    peak = float(history.facts.get("peak_measured_flops") or float("nan"))
+    seconds = float(np.nansum(steps["seconds"]))
+    remark = f"from {first:.2f}, {percent(1 - last / first)} lower" if first > 0 else ""
+    return [
+        Tile(which.capitalize(), f"{last:.3f}", f"{remark} (nats per token)" if remark else "nats per token"),
+        Tile("Tokens", amount(history.tokens), f"in {steps['step'].size:,} steps, {duration(seconds)}"),
+        Tile("Speed", f"{middle(steps['tokens_per_second']):,.0f}", "tokens/s, median step"),
+        Tile("Model FLOP/s", scaled(middle(steps["model_flops_per_second"]), "FLOP/s"), "median step"),
+        Tile("MFU", percent(mfu), f"of {scaled(peak, 'FLOP/s')} measured here"),
+    ]
+
+
+def model_name(history: History) -> str:
+    """The model in half a sentence: `A GPT-2 style transformer of 10.1 million parameters (6 layers, 320 wide, …)`."""
+    shape, parameters = history.facts.get("shape") or {}, history.facts.get("parameters")
+    family = {"gpt2": "GPT-2", "llama": "LLaMA"}.get(shape.get("family", ""), "")
+    name = f"A {family} style transformer" if family else "A transformer"
+    name += f" of {amount(parameters)} parameters" if parameters else ""
+    if {"layers", "width", "heads", "sequence"} <= shape.keys():
+        name += f" ({shape['layers']} layers, {shape['width']} wide, {shape['heads']} heads, "
+        name += f"{shape['sequence']:,} tokens at a time)"
+    return name
+
+
+def summary(history: History) -> list[str]:
+    """What was trained on what, how far the loss fell, and how fast it went, as sentences."""
+    steps, facts = history.steps, history.facts
+    corpus = corpus_name(history)
+    said = [
+        f"{model_name(history)} was trained for {int(steps['step'][-1]) if steps['step'].size else 0:,} steps on "
+        f"{amount(history.tokens)} tokens{f' of {corpus}' if corpus else ''}."
+    ]
+    which, first, last = fall(history)
+    if first > 0:
+        verb = f"fell from {first:.2f} to {last:.2f} nats per token, by {percent(1 - last / first)}"
+        if last >= first:
+            verb = f"went from {first:.2f} to {last:.2f} nats per token: it did not fall"
+        said.append(f"Its {which} {verb}; in perplexity, from {_perplexity(first)} to {_perplexity(last)}.")
+    if steps["step"].size:
+        precision = PRECISIONS.get(facts.get("precision", ""), "")
+        speed = scaled(middle(steps["model_flops_per_second"]), "FLOP/s")
+        said.append(
+            f"Its steps took {duration(float(np.nansum(steps['seconds'])))} in all; the median step ran at "
+            f"{middle(steps['tokens_per_second']):,.0f} tokens/s and {speed}{f' in {precision}' if precision else ''}."
+        )
+    return said + _incidents(history)
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700.0))
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _incidents(history: History) -> list[str]:
+    counts: dict[str, int] = {}
+    for event in history.events:
+        counts[event.event] = counts.get(event.event, 0) + 1
+    said = []
+    if count := counts.get("resumed"):
+        said.append(f"The run was resumed {'once' if count == 1 else f'{count} times'}.")
+    if count := counts.get("skipped step"):
+        said.append(f"{count} {'step was' if count == 1 else 'steps were'} skipped, for a loss or gradient not finite.")
+    if count := counts.get("damaged checkpoint"):
+        said.append(f"{count} damaged {'checkpoint was' if count == 1 else 'checkpoints were'} found and passed over.")
+    return said
+
+
+def corpus_name(history: History) -> str:
+    """What the run was trained on: the sources of the data set, or its folder's name."""
+    sources = list(history.manifest.get("sources") or {})
+    if sources:
+        return (
+            sources[0] if len(sources) == 1 else f"{', '.join(sources[:3])}{' and others' if len(sources) > 3 else ''}"
+        )
+    path = history.config.get("data", {}).get("path")
+    return f"the data set “{path.rstrip('/').rpartition('/')[2]}”" if isinstance(path, str) else ""
