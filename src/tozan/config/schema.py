@@ -1,7 +1,8 @@
 """What a run is: one table per concern, one docstring per field.
 
 The docstrings are the reference: `tozan config schema`, the editor's hints and `docs/config.md` are made from them.
-Rules that tie several fields together live in `check.py`.
+Rules that tie several fields together live in `check.py`. Upper bounds are far beyond any machine: they catch slips
+of the keyboard, not ambition.
 """
 
 from __future__ import annotations
@@ -10,42 +11,48 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# Steps, batches and intervals: one bound for all, so that products of a few of them stay far inside 64 bits.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+CountOrNone = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+# One line of text: a control character in a path or a name is always a slip.
+Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\u0000-\u001f\u007f]+$")]
 
 
 class Table(BaseModel):
-    """A TOML table: strict types, no unknown keys, frozen once read."""
+    """A TOML table: strict types, no unknown keys, no nan or inf, frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Table):
     """The network. Give a preset, or every size; a size given beside a preset replaces the preset's."""
 
-    preset: str | None = None
+    preset: Text | None = None
     """Name of a shape that tozan ships, such as `gpt2-124m`; `tozan config show --presets` lists them."""
     family: Literal["gpt2", "llama"] = "gpt2"
     """`gpt2`: LayerNorm, learned positions, GELU, biases. `llama`: RMSNorm, RoPE, SwiGLU, no biases."""
-    layers: Positive = 12
+    layers: Annotated[int, Field(ge=1, le=10_000)] = 12
     """Number of transformer blocks."""
-    width: Positive = 768
+    width: Annotated[int, Field(ge=1, le=1_048_576)] = 768
     """Width of the residual stream (hidden size); a multiple of `heads`."""
-    heads: Positive = 12
+    heads: Annotated[int, Field(ge=1, le=65_536)] = 12
     """Number of query heads."""
-    kv_heads: Positive | None = None
+    kv_heads: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Number of key/value heads (grouped-query attention); divides `heads`. Default: `heads`."""
-    mlp_width: Positive | None = None
+    mlp_width: Annotated[int, Field(ge=1, le=8_388_608)] | None = None
     """Inner width of the MLP. Default: 4 × width for gpt2; 8/3 × width rounded up to a multiple of 64 for llama."""
-    vocabulary: Positive | None = None
+    vocabulary: Annotated[int, Field(ge=2, le=16_777_216)] | None = None
     """Rows of the embedding. Default: the tokenizer's size rounded up to a multiple of 64."""
-    sequence: Positive = 1024
+    sequence: Annotated[int, Field(ge=1, le=16_777_216)] = 1024
     """Tokens in a training sample, and for gpt2 the number of learned positions."""
     tied: bool = True
     """Share the embedding with the output head."""
-    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-5
     """Added to the variance inside every norm."""
-    rope_base: Annotated[float, Field(gt=0.0)] = 10_000.0
+    rope_base: Annotated[float, Field(gt=1.0, le=1e12)] = 10_000.0
     """Base of the rotary frequencies (llama only)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on embeddings, attention output and MLP output; 0 for pre-training."""
@@ -54,9 +61,9 @@ class Model(Table):
 class Data(Table):
     """Where samples come from, and in which order."""
 
-    path: str
+    path: Annotated[Text, Field(examples=["data/mine"])]
     """Folder written by `tozan data build`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample order. The order depends on this and on the step only."""
     verify: Literal["full", "members"] = "members"
     """`members`: check each member's checksum as it is read. `full`: check every shard's SHA-256 first, too."""
@@ -67,21 +74,21 @@ class Data(Table):
 class Layout(Table):
     """How a run is split over processes."""
 
-    data: Positive = 1
+    data: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     """Data-parallel replicas."""
 
 
 class Train(Table):
     """The length of the run, the batch, and how a step is computed."""
 
-    steps: Positive
+    steps: Annotated[Count, Field(examples=[1000])]
     """Optimizer steps in the whole run."""
-    micro_batch: Positive | None = None
-    """Samples in one forward pass of one process."""
-    accumulate: Positive | None = None
-    """Micro-batches of one process in one optimizer step."""
-    global_batch: Positive | None = None
-    """Samples in one optimizer step: micro_batch × accumulate × layout.data. What is left out is solved for."""
+    micro_batch: Annotated[Count, Field(examples=[4])] | None = None
+    """Samples in one forward pass of one process. Default: solved for, near 4,096 tokens."""
+    accumulate: Annotated[Count, Field(examples=[8])] | None = None
+    """Micro-batches of one process in one optimizer step. Default: solved for, else 1."""
+    global_batch: Annotated[Count, Field(examples=[32])] | None = None
+    """Samples in one optimizer step: micro_batch × accumulate × layout.data. Default: that product."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute type. Weights, gradients and optimizer state stay fp32; fp16 scales the loss dynamically."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -90,59 +97,59 @@ class Train(Table):
     """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
     deterministic: bool = True
     """Use only operations that give the same bits when repeated."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU if there is one."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=65_536)] = 0
     """Threads for computing; 0 means all cores this process may use."""
-    max_bad_steps: Annotated[int, Field(ge=0)] = 10
+    max_bad_steps: CountOrNone = 10
     """Stop after this many skipped steps in a row (loss or gradient not finite)."""
 
 
 class Optim(Table):
     """AdamW and its learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 6e-4
+    lr: Annotated[float, Field(gt=0.0, le=10.0)] = 6e-4
     """Peak learning rate."""
-    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """Learning rate at the last step."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape after warm-up; `wsd` (warm-up, stable, decay) holds the peak, then falls linearly over `decay` steps."""
-    warmup: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up from 0 to `lr`."""
-    decay: Positive | None = None
+    warmup: CountOrNone = 0
+    """Steps of linear warm-up from 0 to `lr`; fewer than train.steps."""
+    decay: Count | None = None
     """Length in steps of the final fall of `wsd`. Default: a fifth of the run."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the gradient's running mean."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Decay of the squared gradient's running mean."""
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.1
     """Decoupled weight decay, on matrices only (norms and biases are spared)."""
-    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    clip: Annotated[float, Field(ge=0.0, le=1e9)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
 
 class Eval(Table):
     """Held-out loss during the run."""
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: CountOrNone = 0
     """Steps between evaluations; 0 means only at the end. Step 0 is always evaluated when this is above 0."""
-    samples: Positive = 64
+    samples: Count = 64
     """Held-out samples per evaluation (fewer if the split is smaller), always the same ones."""
 
 
 class Checkpoint(Table):
     """When state is saved and what is kept."""
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: CountOrNone = 0
     """Steps between checkpoints; 0 means only at the end."""
-    keep_last: Positive = 2
+    keep_last: Count = 2
     """Newest checkpoints to keep."""
-    keep_every: Annotated[int, Field(ge=0)] = 0
-    """Also keep each checkpoint whose step is a multiple of this; 0 keeps none."""
+    keep_every: CountOrNone = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0 keeps none. A multiple of `every`."""
     background: bool = True
     """Write while training goes on, from a copy of the state."""
 
@@ -150,27 +157,27 @@ class Checkpoint(Table):
 class Metrics(Table):
     """What is written down. `metrics.jsonl` in the run folder is always written."""
 
-    every: Positive = 1
+    every: Count = 1
     """Steps between records."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs `pip install 'tozan[tensorboard]'`)."""
-    wandb: str | None = None
+    wandb: Annotated[Text, Field(examples=["my-project"])] | None = None
     """Weights & Biases project to log to (needs `pip install 'tozan[wandb]'`; WANDB_MODE=offline works)."""
-    profile: list[Annotated[int, Field(ge=0)]] = []
-    """First and last step to trace, such as [10, 12]: writes `trace.json` for Perfetto."""
+    profile: Annotated[list[CountOrNone], Field(max_length=2, examples=[[10, 12]])] = []
+    """First and last step to trace, such as `[10, 12]`: writes `trace.json` for Perfetto. Empty: none."""
 
 
 class Run(Table):
     """The run itself."""
 
-    folder: str = "runs/default"
+    folder: Text = "runs/default"
     """Folder for the run's files; an unfinished run found there is continued."""
 
 
 class Config(Table):
     """A run: `tozan train` executes it."""
 
-    version: Literal[1]
+    version: Annotated[Literal[1], Field(examples=[1])]
     """Version of this schema; always 1."""
     run: Run = Run()
     model: Model = Model()

@@ -1,0 +1,271 @@
+"""Rules that tie several fields together. Each names the keys it reads, so that it still runs when others are wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tozan.config.batch import neighbours
+from tozan.config.schema import Config
+from tozan.errors import Problem
+from tozan.models import arithmetic
+
+Finding = tuple[str, str]
+"""What is wrong (values and rule with their numbers), and what to write instead."""
+
+LARGEST_MODEL = 10**13
+"""Parameters. Ten times the largest model trained so far; beyond it a size was mistyped."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule over several keys.
+
+    Attributes:
+        keys: the keys it reads; it is skipped when one of them is already known to be wrong.
+        find: yields what breaks it.
+        warning: a run that breaks it may still start.
+    """
+
+    keys: tuple[str, ...]
+    find: Callable[[Config], Iterator[Finding]]
+    warning: bool
+
+
+RULES: list[Rule] = []
+
+
+def _rule(*keys: str, warning: bool = False) -> Callable[[Callable[[Config], Iterator[Finding]]], Rule]:
+    def add(find: Callable[[Config], Iterator[Finding]]) -> Rule:
+        RULES.append(Rule(keys, find, warning))
+        return RULES[-1]
+
+    return add
+
+
+def check(config: Config, world_size: int | None = None, origin: Mapping[str, str] | None = None) -> list[Problem]:
+    """All broken rules of a config whose fields are each valid.
+
+    Args:
+        config: what to check.
+        world_size: processes that will run it; None: not known yet, any number is fine.
+        origin: where each value comes from, by `table.key`.
+    """
+    found = broken(config, origin or {}, warnings=False)
+    if world_size is not None and config.layout.data != world_size:
+        found.append(processes(config.layout.data, world_size, origin or {}))
+    return found
+
+
+def broken(config: Config, origin: Mapping[str, str], *, warnings: bool, wrong: Collection[str] = ()) -> list[Problem]:
+    """Broken rules (or those of the warning kind), leaving out rules that read a key in `wrong`."""
+    rules = [rule for rule in RULES if rule.warning == warnings and not set(rule.keys) & set(wrong)]
+    return [Problem(places(origin, rule.keys), *finding) for rule in rules for finding in rule.find(config)]
+
+
+def places(origin: Mapping[str, str], keys: Collection[str]) -> str:
+    """Where the values of `keys` were written, leaving out defaults; the key's name where all are defaults."""
+    written = [origin[key] for key in keys if not origin.get(key, "default").startswith(("default", "solved"))]
+    return ", ".join(dict.fromkeys(written)) or next(iter(keys))
+
+
+def processes(data: int, world_size: int, origin: Mapping[str, str]) -> Problem:
+    """The problem with a layout that needs `data` processes in a run that has `world_size`."""
+    count = "1 process" if data == 1 else f"{data} processes"
+    what = f"layout.data {data} needs {count}, this run has {world_size}"
+    fix = f"start {count} (torchrun --nproc-per-node {data} ...), or set layout.data = {world_size}"
+    return Problem(places(origin, ["layout.data"]), what, fix)
+
+
+def _divisors_near(number: int, wish: int) -> str:
+    """The divisors of `number` next to `wish`, as `11 or 16`."""
+    below = next((d for d in range(min(wish, number), 0, -1) if number % d == 0), 1)
+    above = next((d for d in range(wish + 1, min(number, 65_536) + 1) if number % d == 0), below)
+    return " or ".join(map(str, sorted({below, above})))
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
+@_rule("model.width", "model.heads")
+def heads_divide_width(config: Config) -> Iterator[Finding]:
+    """Every head has the same whole size."""
+    width, heads = config.model.width, config.model.heads
+    if width % heads:
+        yield (
+            f"model.width {width} is not a multiple of model.heads {heads} ({width} / {heads} = {width / heads:.2f})",
+            f"write width = {_either(neighbours(width, heads))}, or heads = {_divisors_near(width, heads)}",
+        )
+
+
+@_rule("model.heads", "model.kv_heads")
+def kv_heads_divide_heads(config: Config) -> Iterator[Finding]:
+    """Every key/value head serves the same number of query heads."""
+    heads, kv_heads = config.model.heads, config.model.kv_heads
+    if kv_heads is not None and heads % kv_heads:
+        yield (
+            f"model.heads {heads} is not a multiple of model.kv_heads {kv_heads}",
+            f"write kv_heads = {_divisors_near(heads, kv_heads)}, or leave it out for {heads}",
+        )
+
+
+@_rule("model.family", "model.width", "model.heads")
+def rotary_heads_are_even(config: Config) -> Iterator[Finding]:
+    """RoPE turns pairs of numbers."""
+    model = config.model
+    size = model.width // model.heads
+    if model.family == "llama" and model.width % model.heads == 0 and size % 2:
+        yield (
+            f"head size {size} (model.width {model.width} / model.heads {model.heads}) is odd; RoPE turns pairs",
+            f"write width = {_either([w for w in (model.heads * (size - 1), model.heads * (size + 1)) if w])}",
+        )
+
+
+@_rule("model.layers", "model.width", "model.heads", "model.kv_heads", "model.mlp_width", "model.vocabulary")
+def model_is_possible(config: Config) -> Iterator[Finding]:
+    """Sizes that are each allowed can still multiply to the absurd."""
+    count = arithmetic.parameters(arithmetic.resolve(config.model, tokenizer_size=64))
+    if count > LARGEST_MODEL:
+        yield (
+            f"model.layers {config.model.layers} × width {config.model.width} and its other sizes make {count:.1e} "
+            f"parameters; the limit is {LARGEST_MODEL:.0e}",
+            "write smaller sizes, or a preset: `tozan config show --presets` lists them",
+        )
+
+
+@_rule("train.steps", "optim.warmup")
+def warmup_ends(config: Config) -> Iterator[Finding]:
+    """A warm-up as long as the run never reaches the peak."""
+    steps, warmup = config.train.steps, config.optim.warmup
+    if warmup and warmup >= steps:
+        yield (
+            f"optim.warmup {warmup} must be less than train.steps {steps}",
+            f"write warmup = {steps // 10}, or steps = {warmup * 10} (warm-up a tenth of the run)",
+        )
+
+
+@_rule("train.steps", "optim.warmup", "optim.decay", "optim.schedule")
+def decay_fits(config: Config) -> Iterator[Finding]:
+    """Warm-up and decay do not overlap."""
+    steps, warmup, decay = config.train.steps, config.optim.warmup, config.optim.decay
+    if config.optim.schedule == "wsd" and decay is not None and warmup < steps < warmup + decay:
+        yield (
+            f"optim.warmup {warmup} + optim.decay {decay} = {warmup + decay} is more than train.steps {steps}",
+            f"write decay = {steps - warmup} or less, or steps = {warmup + decay} or more",
+        )
+
+
+@_rule("optim.decay", "optim.schedule", warning=True)
+def decay_has_effect(config: Config) -> Iterator[Finding]:
+    """Only `wsd` has a decay phase of its own."""
+    if config.optim.decay is not None and config.optim.schedule != "wsd":
+        yield (
+            f'optim.decay {config.optim.decay} has no effect with schedule "{config.optim.schedule}"',
+            'write schedule = "wsd", or leave decay out',
+        )
+
+
+@_rule("optim.lr", "optim.min_lr")
+def rates_are_ordered(config: Config) -> Iterator[Finding]:
+    """The learning rate falls."""
+    lr, least = config.optim.lr, config.optim.min_lr
+    if least > lr:
+        yield (
+            f"optim.min_lr {least:g} is above optim.lr {lr:g}",
+            f"write min_lr = {lr / 10:.6g} (a tenth of lr), or lr = {least:g} or more",
+        )
+
+
+@_rule("optim.min_lr", "optim.schedule", warning=True)
+def min_lr_has_effect(config: Config) -> Iterator[Finding]:
+    """A constant rate has no smaller end."""
+    if config.optim.min_lr and config.optim.schedule == "constant":
+        yield (
+            f'optim.min_lr {config.optim.min_lr:g} has no effect with schedule "constant"',
+            "leave min_lr out, or write another schedule",
+        )
+
+
+@_rule("metrics.profile")
+def profile_is_a_range(config: Config) -> Iterator[Finding]:
+    """First and last step; steps are counted from 1."""
+    profile = config.metrics.profile
+    if len(profile) == 1:
+        fix = f"write profile = [{profile[0]}, {profile[0] + 2}]"
+        yield f"metrics.profile {profile} has 1 number; it takes the first and the last step", fix
+    elif profile and not 1 <= profile[0] <= profile[1]:
+        low, high = max(1, min(profile)), max(1, *profile)
+        fix = f"write profile = [{low}, {high}]"
+        yield f"metrics.profile {profile} is not a range of steps: 1 ≤ first ≤ last", fix
+
+
+@_rule("metrics.profile", "train.steps")
+def profile_is_reached(config: Config) -> Iterator[Finding]:
+    """The traced steps are steps of this run."""
+    profile, steps = config.metrics.profile, config.train.steps
+    if profile and max(profile) > steps:
+        fix = f"write such as profile = [{max(1, steps - 2)}, {steps}], or steps = {max(profile)} or more"
+        yield f"metrics.profile {profile} ends after train.steps {steps}", fix
+
+
+@_rule("checkpoint.every", "checkpoint.keep_every")
+def kept_checkpoints_exist(config: Config) -> Iterator[Finding]:
+    """What is to be kept must have been saved."""
+    every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    if keep and not every:
+        yield (
+            f"checkpoint.keep_every {keep} keeps nothing, since checkpoint.every 0 saves only at the end",
+            f"write every = {keep}, or keep_every = 0",
+        )
+    elif keep and keep % every:
+        yield (
+            f"checkpoint.keep_every {keep} is not a multiple of checkpoint.every {every}",
+            f"write keep_every = {_either(neighbours(keep, every))}",
+        )
+
+
+@_rule("train.precision", "train.device", warning=True)
+def fp16_is_slow(config: Config) -> Iterator[Finding]:
+    """CPUs compute fp16 no faster than fp32, most far slower; bf16 has units of its own."""
+    device = config.train.device
+    if config.train.precision == "fp16" and (device == "cpu" or (device == "auto" and not has_gpu())):
+        yield (
+            'train.precision "fp16" is slow on a CPU',
+            'write precision = "bf16" unless fp16\'s numerics are the point',
+        )
+
+
+@_rule("train.threads", warning=True)
+def threads_have_cores(config: Config) -> Iterator[Finding]:
+    """More threads than cores take turns."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.train.threads > cores:
+        yield (
+            f"train.threads {config.train.threads} is more than the {cores} cores this process may use here",
+            f"write threads = {cores}, or 0 for all cores",
+        )
+
+
+@_rule(
+    "model.layers", "model.width", "model.heads", "model.kv_heads", "model.mlp_width", "model.vocabulary", warning=True
+)
+def state_fits_memory(config: Config) -> Iterator[Finding]:
+    """Weights, gradients and AdamW's two moments, all fp32, take 16 bytes a parameter in every process."""
+    if not hasattr(os, "sysconf") or config.model.width % config.model.heads:
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = arithmetic.parameters(arithmetic.resolve(config.model, tokenizer_size=64))
+    if 16 * count > memory:
+        yield (
+            f"{count:,} parameters × 16 bytes (weights, gradients, AdamW) = {16 * count / 2**30:.0f} GiB per process; "
+            f"this machine has {memory / 2**30:.0f} GiB",
+            "train it on a larger machine, or write smaller sizes",
+        )
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU, without asking torch (which takes seconds to import)."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
