@@ -18,6 +18,7 @@ PHASE_WORDS = {
     "forward": "forward",
     "backward": "backward",
     "optimizer": "clip and optimizer",
+    "evaluation": "evaluation",
     "checkpoint": "checkpoint",
     "other": "other",
 }

@@ -30,7 +30,7 @@ STEP_FIELDS = (
     "mfu",
 )
 EVAL_FIELDS = ("step", "loss", "perplexity", "bits_per_byte")
-PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "other")
+PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def read(folder: Path) -> History:
         facts=facts,
         config=config,
         origins=origins | (stated if isinstance(stated, dict) else {}),
-        manifest=_manifest(folder, config),
+        manifest=_manifest(folder, facts, config),
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
     )
 
@@ -197,12 +197,12 @@ def _config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return config, origins
 
 
-def _manifest(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the data set: its path is relative to where the run was started, or to the run folder."""
-    path = config.get("data", {}).get("path")
-    if not isinstance(path, str):
-        return {}
-    return _json(Path(path) / "manifest.json") or _json(folder / path / "manifest.json")
+def _manifest(folder: Path, facts: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the data set, where the run found it or, if the run folder has moved, near it."""
+    written = config.get("data", {}).get("path")
+    places = [Path(path) for path in (facts.get("data"), written) if isinstance(path, str)]
+    places += [folder / path for path in places]
+    return next((found for path in places if (found := _json(path / "manifest.json"))), {})
 
 
 def thin(x: Array, y: Array, most: int = 800) -> tuple[Array, Array]:

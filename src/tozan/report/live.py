@@ -94,10 +94,10 @@ class Live:
 
     @property
     def seconds_left(self) -> float:
-        """Expected seconds to the end of the run, from the median of the last 50 steps; NaN before the first."""
+        """Expected seconds to the end of the run, from the mean of the last 50 steps; NaN before the first."""
         if not self._seconds:
             return math.nan
-        return statistics.median(self._seconds) * (self.total_steps - int(self._step.get("step", 0)))
+        return statistics.fmean(self._seconds) * (self.total_steps - int(self._step.get("step", 0)))
 
     @property
     def _left(self) -> str:
