@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tozan.data import manifest as layout
+from tozan.data.corpus import gather
 from tozan.data.document import Document
 from tozan.data.manifest import Amount, Manifest, ShardEntry, Split
 from tozan.data.shards import ShardWriter, write_file
@@ -29,7 +30,7 @@ Tokens = npt.NDArray[np.uint32]
 
 
 def build(
-    documents: Iterable[Document],
+    sources: Iterable[Document | str | Path],
     out: Path,
     *,
     vocabulary: int = 8192,
@@ -48,7 +49,7 @@ def build(
     seed. The same documents and options give the same bytes in every file.
 
     Args:
-        documents: what to write, in any order; read once, as a stream.
+        sources: documents, and sources by name as `corpus.gather` takes them; read once, as a stream, in any order.
         out: the folder to write; appears only when everything is in it.
         vocabulary: size of the tokenizer to train on the train split.
         tokenizer: a `tokenizer.json` to use instead of training one.
@@ -70,7 +71,8 @@ def build(
     _check(out, validation, shard_bytes)
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     with staging(out) as scratch, Spool(scratch / "spool") as spool:
-        spool.fill(documents, limit)
+        notes = Counter() if notes is None else notes
+        spool.fill(_documents(sources, notes, on_event), limit)
         if not len(spool):
             raise UserError(Problem("sources", "there is no text in them", "name files or folders that hold text"))
         on_event(f"{len(spool):,} documents, {spool.bytes / 1e6:,.1f} MB, {spool.duplicates:,} duplicates left out")
@@ -98,13 +100,24 @@ def build(
             splits={split: _total(shards, split) for split in splits},
             licences=spool.licences(),
             sources=spool.sources(),
-            notes=dict(sorted((spool.notes() + (notes or Counter())).items())),
+            notes=dict(sorted((spool.notes() + notes).items())),
             shards=shards,
         )
         write_file(files / layout.NAME, manifest.to_json())
         publish(files, out, overwrite=overwrite)
     on_event(f"{sum(entry.tokens for entry in shards):,} tokens in {len(shards)} shards: {out}")
     return manifest
+
+
+def _documents(
+    sources: Iterable[Document | str | Path], notes: Counter[str], on_event: Callable[[str], None]
+) -> Iterator[Document]:
+    """The documents that the sources stand for."""
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        if isinstance(source, Document):
+            yield source
+        else:
+            yield from gather([source], notes=notes, on_event=on_event)
 
 
 def _check(out: Path, validation: float, shard_bytes: int) -> None:

@@ -23,7 +23,7 @@ Samples = npt.NDArray[np.int64]
 ATTEMPTS = 64
 """Stand-ins tried for a sample that cannot be read before the data set counts as lost."""
 REPORTED = 1000
-"""DamagedError members remembered one by one."""
+"""Damaged members remembered one by one."""
 
 
 class Dataset:

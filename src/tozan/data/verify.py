@@ -16,7 +16,7 @@ from tozan.data.tokenizer import Tokenizer
 from tozan.errors import Problem, UserError
 
 NAMED = 50
-"""DamagedError members named one by one in a shard; of more, only the number is told."""
+"""Damaged members named one by one in a shard; of more, only the number is told."""
 ABSURD = 1 << 30
 """No member that we write is larger; a header that says so is damaged or hostile."""
 
