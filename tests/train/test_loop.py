@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import signal
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from tozan import checkpoint
 from tozan.errors import UserError
-from tozan.train import Interrupted, assemble, evaluate, held_out, open_model, train
+from tozan.train import Interrupted, assemble, evaluate, fit, held_out, open_model, train
 
 
 def records(folder, kind="step"):
@@ -74,17 +75,17 @@ def test_a_finished_run_has_nothing_left_to_do(configure):
     assert again.loss is None
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run(configure, monkeypatch):
-    loaded = configure(
-        "--optim.lr=1e30", "--optim.warmup=0", "--train.max_bad_steps=2", "--optim.clip=0", "--train.steps=50"
-    )
+def test_too_many_bad_steps_in_a_row_end_the_run(configure):
+    run = assemble(configure("--train.max_bad_steps=2", "--train.steps=50"))
+    run.parameters["norm.weight"].register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(UserError, match="3 steps in a row") as caught:
-        train(loaded)
+        fit(run)
     assert "optim.lr" in str(caught.value)
+    assert len([e for e in records(run.folder, "event") if e["event"] == "skipped step"]) == 3
 
 
 def test_another_model_in_the_same_folder_is_refused(configure):
-    train(configure("--train.steps=1"))
+    train(configure("--train.steps=1", "--optim.warmup=0"))
     with pytest.raises(UserError) as caught:
         assemble(configure("--model.layers=3"))
     assert "layers" in str(caught.value)
@@ -108,14 +109,15 @@ def test_evaluations_happen_when_due_and_equal_plain_cross_entropy(configure):
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(configure):
-    result = train(configure("--train.steps=1"))
-    score = evaluate(result.folder, samples=4)
-    run = assemble(configure("--train.steps=1"))
-    tokens = run.validation.in_order(4)[:, 1:]
+    result = train(configure("--train.steps=1", "--optim.warmup=0"))
+    score = evaluate(result.folder, samples=10**6)
+    run = assemble(configure("--train.steps=1", "--optim.warmup=0"))
+    tokens = run.validation.in_order(10**6)[:, 1:]
     text = open_model(result.folder)[1].decode(tokens.flatten().tolist())
     bits = score["loss"] * score["tokens"] / 0.6931471805599453
-    # The split's mean bytes per token stand in for these windows' own.
-    assert score["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=0.1)
+    # The stream's end markers decode to text of their own, and its last window may be cut off.
+    text = text.replace("<|end|>", "")
+    assert score["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=0.01)
 
 
 def test_records_say_what_the_house_promises(configure):
@@ -149,6 +151,6 @@ def test_at_most_four_calls_from_the_command_line_to_backward(configure, monkeyp
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    train(configure("--train.steps=1"))
+    train(configure("--train.steps=1", "--optim.warmup=0"))
     # The verb calls train(); three frames below it make the fourth call, backward().
     assert depths[0] == ["train_step", "fit", "train"]

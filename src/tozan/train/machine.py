@@ -52,21 +52,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def measure_gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
-    """The best FLOP/s of a square matrix product, on random operands, over about `seconds`.
+def measure_gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+    """The best FLOP/s of a square matrix product, over about `seconds`.
 
-    Size 2,048 on a CPU, 8,192 on a GPU. Random operands matter: matrix units run faster on zeros.
+    The size grows from 256 until one product takes a twentieth of the time, at most to 8,192. Operands are random:
+    matrix units run faster on zeros.
     """
-    size = 8_192 if device.type == "cuda" else 2_048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end, repeats = float("inf"), time.perf_counter() + seconds, 0
-    while repeats < 3 or time.perf_counter() < end:
+    generator = torch.Generator(device).manual_seed(0)
+    size, best, end = 256, 0.0, time.perf_counter() + seconds
+    a = b = torch.empty(0)
+    while time.perf_counter() < end:
+        if a.shape[0] != size:
+            a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+            torch.nn.functional.linear(a, b)
         start = time.perf_counter()
         torch.nn.functional.linear(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best, repeats = min(best, time.perf_counter() - start), repeats + 1
-    return 2 * size**3 / best
+        took = time.perf_counter() - start
+        best = max(best, 2 * size**3 / took)
+        size = min(8_192, size * 2) if took < seconds / 20 else size
+    return best
 
 
 def describe() -> dict[str, str | int]:

@@ -157,6 +157,7 @@ def assemble(loaded: Loaded) -> Run:
         peak_flops=machine.measure_gemm_rate(precision.dtype, device),
         config_toml=loaded.toml(),
     )
+    torch.manual_seed(config.train.seed)
     resume(run)
     files.replace(folder / "config.toml", run.config_toml.encode())
     files.replace(folder / "run.json", json.dumps(facts(run), indent=2, ensure_ascii=False).encode())

@@ -75,6 +75,8 @@ def train_step(run: Run, clock: Clock) -> StepResult:
 def micro_batches(run: Run, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut a batch of (B, T+1) token ids into micro-batches of inputs and targets, both (b, T), on the run's device.
 
+    `IGNORED` ids are no targets; as inputs they are read as token 0.
+
     With dropout, the generator is seeded from the number of each micro-batch's first sample: masks, like samples,
     depend on the seed and the step only.
     """
@@ -82,4 +84,4 @@ def micro_batches(run: Run, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if run.shape.dropout:
             torch.manual_seed(run.config.train.seed * 1_000_003 + run.samples + first)
         piece = batch[first : first + run.micro_batch].to(run.device)
-        yield piece[:, :-1].contiguous(), piece[:, 1:].contiguous()
+        yield piece[:, :-1].clamp(min=0), piece[:, 1:].contiguous()
