@@ -7,7 +7,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tozan import config, data, report, train
-from tozan.data import Document, Manifest, Tokenizer
+from tozan.data import Manifest, Tokenizer
 from tozan.errors import Problem, UserError
 from tozan.files import replace
 from tozan.models.generate import generate
@@ -29,11 +29,12 @@ from tozan.train.step import train_step
 STANDARD_LIBRARY = "standard-library"
 VOCABULARY = 4096
 """Small, so that a few hundred thousand tokens show the model each of its words often enough."""
+MODEL = "demo-10m"
 SEQUENCE = 256
 STEPS = 400
 """Steps to aim for; the batch grows with the machine's speed instead, once it is large enough to be learnt from."""
-EVALUATIONS = 8
-HELD_OUT_SAMPLES = 48
+EVALUATIONS = 6
+HELD_OUT_SAMPLES = 32
 MOST_EPOCHS = 6
 """On a fast machine the run ends early rather than read the corpus more often than this."""
 SAMPLE_TOKENS = 220
@@ -114,30 +115,21 @@ def gather(folder: Path, corpus: str, console: Console) -> Path:
     mark = folder.with_name("corpus.json")
     recipe = {"corpus": corpus, "vocabulary": VOCABULARY}
     if mark.is_file() and (folder / "manifest.json").is_file() and json.loads(mark.read_text()) == recipe:
-        console.print(f"Uses the data set that is in {folder} already.", soft_wrap=True)
+        console.print(f"Uses the data set of the demo before, {folder}; delete it to gather anew.", soft_wrap=True)
         return folder
     console.print("Gathers text, trains a tokenizer and writes shards:")
-    manifest = data.build(
-        documents(corpus),
-        folder,
-        vocabulary=VOCABULARY,
-        overwrite=True,
-        on_event=lambda text: console.print(f"  {text}", markup=False, soft_wrap=True),
-    )
+
+    def say(text: str) -> None:
+        console.print(f"  {text}", markup=False, soft_wrap=True)
+
+    notes: Counter[str] = Counter()
+    texts = data.corpus.gather([corpus], errors="replace", notes=notes, on_event=say)
+    manifest = data.build(texts, folder, vocabulary=VOCABULARY, overwrite=True, notes=notes, on_event=say)
     _check_size(manifest, corpus)
     replace(mark, json.dumps(recipe).encode())
     licences = ", ".join(f"{name} ({amount.documents:,} documents)" for name, amount in manifest.licences.items())
-    console.print(f"  licences: {licences}", markup=False, soft_wrap=True)
+    say(f"licences: {licences}")
     return folder
-
-
-def documents(corpus: str) -> Iterable[Document]:
-    """The documents of a corpus named on the command line."""
-    if corpus == STANDARD_LIBRARY:
-        return data.corpus.standard_library()
-    if corpus == "debian":
-        return data.corpus.debian()
-    return data.corpus.folder(corpus)
 
 
 def _check_size(manifest: Manifest, corpus: str) -> None:
@@ -174,8 +166,8 @@ def calibrate(folder: Path, precision: str, minutes: float, seconds: float = 8.0
     with tempfile.TemporaryDirectory() as scratch:
         trial = Plan(steps=10_000, batch=8, tokens_per_second=math.nan)
         measured = train.assemble(config.load(write_config(Path(scratch) / "trial", folder, trial, precision)))
-        clock, laps = Clock(), []
-        end = math.inf
+        laps: list[float] = []
+        clock, end = Clock(), math.inf
         while time.perf_counter() < end or len(laps) < 5:
             train_step(measured, clock)
             laps.append(clock.lap()[0])
@@ -201,7 +193,7 @@ def fit_into(seconds: float, tokens_per_second: float, corpus_tokens: int) -> Pl
 
 
 def next_run(out: Path) -> Path:
-    """The first run folder that is not taken: `run-1`, `run-2`, …"""
+    """The first run folder that is not taken: `run-1`, `run-2` and so on."""
     number = 1
     while (out / f"run-{number}").exists():
         number += 1
@@ -211,9 +203,9 @@ def next_run(out: Path) -> Path:
 def write_config(folder: Path, dataset: Path, plan: Plan, precision: str) -> Path:
     """Write the config of a run beside its folder; `tozan train` takes it as it is."""
     every = max(1, math.ceil(plan.steps / EVALUATIONS))
-    tables = {
+    tables: dict[str, dict[str, object]] = {
         "run": {"folder": str(folder)},
-        "model": {"preset": "demo-10m"},
+        "model": {"preset": MODEL, "sequence": SEQUENCE},
         "data": {"path": str(dataset)},
         "train": {
             "steps": plan.steps,
@@ -225,9 +217,10 @@ def write_config(folder: Path, dataset: Path, plan: Plan, precision: str) -> Pat
         "eval": {"every": every, "samples": HELD_OUT_SAMPLES},
         "checkpoint": {"every": max(1, math.ceil(plan.steps / 2))},
     }
-    lines = ["# The run of `tozan demo`. `tozan train` with this file continues it, or repeats it elsewhere:", ""]
-    lines[0] += f"\n# tozan train {folder.name}.toml --run.folder runs/again"
-    lines.append("version = 1")
+    lines = [
+        "# The run of `tozan demo`; `tozan train` with this file and another --run.folder repeats it.",
+        "version = 1",
+    ]
     for table, values in tables.items():
         lines += ["", f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     path = folder.with_name(folder.name + ".toml")
@@ -241,9 +234,7 @@ def sample(run_folder: Path, dataset: Path, corpus: str) -> tuple[str, str]:
     prompt = "def " if corpus == STANDARD_LIBRARY else _opening(dataset, tokenizer)
     start = torch.tensor([tokenizer.encode(prompt)])
     device = next(model.parameters()).device
-    written = generate(
-        model, start.to(device), SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=1, stop={tokenizer.end}
-    )
+    written = generate(model, start.to(device), SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=1, stop={tokenizer.end})
     tokens = [int(token) for token in written]
     ended = tokenizer.end in tokens
     text = prompt + tokenizer.decode(tokens[: tokens.index(tokenizer.end)] if ended else tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -62,10 +63,9 @@ def render(found: History, sample: str = "") -> str:
     )
     light, dark = (_variables(mode) for mode in (0, 1))
     style = jinja2.Environment(autoescape=False).from_string(_template("style.css")).render(light=light)
-    resolved = found.folder.resolve()
     return environment.get_template("run.html.j2").render(
         version=tozan.__version__,
-        title=resolved.name,
+        title=_title(found),
         started=_when(found.facts.get("started")),
         light=Markup(light),
         dark=Markup(dark),
@@ -165,7 +165,7 @@ def config_tables(found: History) -> list[Table]:
     made = []
     for title, values in tables.items():
         prefix = "" if title == "top" else f"{title}."
-        rows = [(key, _value(value), found.origins.get(f"{prefix}{key}", "")) for key, value in values.items()]
+        rows = [(key, _value(value), _origin(found.origins.get(f"{prefix}{key}", ""))) for key, value in values.items()]
         if rows:
             made.append(Table(title, rows))
     return made
@@ -175,12 +175,25 @@ def _plain(value: object) -> bool:
     return isinstance(value, str | int | float)
 
 
+def _origin(origin: str) -> str:
+    """A file's origin by its name and line; the folder would fill the page."""
+    return origin.rpartition("/")[2] if re.search(r"\.toml:\d+$", origin) else origin
+
+
 def _value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _title(found: History) -> str:
+    """The run folder as the config names it, without `runs/`; its own name where that is a whole path."""
+    named = Path(found.config.get("run", {}).get("folder", found.folder))
+    if named.is_absolute() or ".." in named.parts or named.name != found.folder.resolve().name:
+        return found.folder.resolve().name
+    return "/".join(named.parts[1:] if len(named.parts) > 1 and named.parts[0] == "runs" else named.parts)
 
 
 def _when(started: object) -> str:
