@@ -136,9 +136,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Multiplies in place: a second backward through the same graph is refused by autograd's version counter."""
+        """Multiplies the saved gradients by what arrives, then gives them the types of the inputs."""
         x_dtype, weight_dtype = ctx.dtypes
         dx, dweight = ctx.saved_tensors
-        scaled_x = None if dx is None else dx.mul_(gradients[0]).to(x_dtype)
-        scaled_weight = None if dweight is None else dweight.mul_(gradients[0]).to(weight_dtype)
+        scaled_x = None if dx is None else (dx * gradients[0]).to(x_dtype)
+        scaled_weight = None if dweight is None else (dweight * gradients[0]).to(weight_dtype)
         return scaled_x, scaled_weight, None, None
