@@ -1,0 +1,278 @@
+"""Pipeline parallelism: a rank keeps some of the blocks and runs its list of a schedule.
+
+The lists come from `schedules.py`; the planner prices the same ones. Every forward sends its activations on, every
+backward its input's gradient back, while the next action runs. Each product is the single process's, on the same
+operands, and every schedule adds gradients up in the order of the micro-batches, so losses and gradients are the
+single process's to the bit.
+
+A tied embedding is on the first stage and on the last. Each adds up its own gradient, and both get the sum of the two
+(`Pipeline.tie`). To have the same bits, a single process must not mix the two sums: see `separate_head`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tozan.comm import Axis, collectives
+from tozan.parallel.mail import Mail
+from tozan.parallel.placement import Placement
+from tozan.parallel.weight_gradients import WeightGradients
+from tozan.schedules import Action, Schedule, Step
+
+Layers = tuple[tuple[range, ...], ...]
+"""Block numbers: `layers[stage][chunk]`, as `layout.split_layers` gives them, or any other contiguous split."""
+LocalShape = Callable[[int, int], tuple[int, ...]]
+"""Shape of this rank's part of the residual stream for B samples of T tokens: `Scheme.local_shape`, the width given."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step's pipeline did.
+
+    Attributes:
+        losses: summed loss of every micro-batch, (M,), in order; the same on every stage.
+        steps: this stage's actions with their times, in seconds from the beginning of the step.
+        busy: seconds in which this stage computed.
+        idle: seconds in which it waited for others, to the moment when the last stage was done.
+    """
+
+    losses: Tensor
+    steps: list[Step]
+    busy: float
+    idle: float
+
+
+def cut(model: nn.Module, layers: Layers, stage: int) -> None:
+    """Keep one stage's part of a model, in place; names stay.
+
+    The model has `embed_tokens` (first stage), `blocks`, and `output` with `norm`, and `head` or the tied `embed`
+    (last stage). Everything else that has parameters belongs to the first.
+
+    Args:
+        model: whole, on any device.
+        layers: blocks of all stages.
+        stage: which to keep.
+
+    Raises:
+        ValueError: the split leaves blocks out, or has an empty piece.
+    """
+    order = [number for chunk in zip(*layers, strict=True) for piece in chunk for number in piece]
+    blocks = model.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    if order != list(range(len(blocks))) or not all(piece for pieces in layers for piece in pieces):
+        raise ValueError(f"split {layers} of {len(blocks)} blocks: every piece needs blocks, and all must be in order")
+    kept = nn.ModuleList()
+    for piece in layers[stage]:
+        for number in piece:
+            kept.add_module(str(number), blocks[number])
+    model.blocks = kept
+    last = stage == len(layers) - 1
+    output = {"norm", "head"} if getattr(model, "head", None) is not None else {"norm", "embed"}
+    for name, child in list(model.named_children()):
+        needed = name == "blocks" or (stage == 0 and name not in ("norm", "head")) or (last and name in output)
+        if not needed and any(True for _ in child.parameters()):
+            setattr(model, name, None)
+
+
+class TiedHead(nn.Module):
+    """The tied embedding's weight under another leaf: the same memory, a gradient of its own, no parameter."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(embedding.weight, nn.Parameter)
+        self._embedding = [embedding]  # in a list, so that it is no submodule of this one
+        self.__dict__["weight"] = embedding.weight.detach().requires_grad_()
+
+    def merge(self) -> None:
+        """Adds this gradient to the embedding's, and forgets it."""
+        weight = self._embedding[0].weight
+        assert isinstance(weight, nn.Parameter)
+        mine = self.__dict__["weight"]
+        if mine.grad is not None and weight.grad is not None:
+            weight.grad.add_(mine.grad)
+        elif mine.grad is not None:
+            weight.grad = mine.grad
+        mine.grad = None
+
+
+def separate_head(model: nn.Module) -> Callable[[], None]:
+    """Let a whole model with a tied embedding add up the gradients of its two uses apart, as a pipeline does.
+
+    Sums over micro-batches then have the same order, and so the same bits, in every pipeline and in one process. It
+    costs one more gradient of the embedding. Call it last, after everything that replaces layers or parameters.
+
+    Returns:
+        What to call after the last micro-batch: adds the two up. It does nothing for a model whose head is not tied.
+    """
+    if getattr(model, "head", None) is not None or getattr(model, "embed", None) is None:
+        return lambda: None
+    tied = TiedHead(model.embed)  # type: ignore[arg-type]
+    model.head = tied
+    return tied.merge
+
+
+class Pipeline:
+    """One stage, ready to run its list of the schedule.
+
+    Args:
+        model: after `cut` (and `apply`, and recomputation).
+        axis: the mesh's `pp`.
+        schedule: what every stage does.
+        layers: blocks of all stages; `layers[stage][chunk]`.
+        local_shape: of the activations that stages hand on.
+        autocast: opens the context that forward passes run in.
+
+    Raises:
+        ValueError: schedule, layers and axis are not of the same number of stages and chunks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axis: Axis,
+        schedule: Schedule,
+        layers: Layers,
+        local_shape: LocalShape,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if not axis.size == schedule.stages == len(layers) or any(len(c) != schedule.chunks for c in layers):
+            sizes = f"{axis.size} ranks, a schedule of {schedule.stages} × {schedule.chunks}, layers {layers}"
+            raise ValueError(f"pipeline: {sizes}")
+        self.model, self.axis, self.schedule, self.layers = model, axis, schedule, layers
+        self.stage = axis.index
+        self._local_shape, self._autocast = local_shape, autocast
+        self._dtype = next(model.parameters()).dtype
+        self._gradients = WeightGradients()
+        if any(action.kind == "backward_weight" for action in schedule.actions[self.stage]):
+            self._gradients.bind(model)
+        blocks = dict(model.blocks.named_children())  # type: ignore[union-attr, operator]
+        self._chunks = [[blocks[str(number)] for number in piece] for piece in layers[self.stage]]
+        self._is_tied = getattr(model, "head", None) is None
+        self._merge = separate_head(model) if axis.size == 1 else lambda: None
+
+    def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], factor: float) -> Outcome:
+        """Forward and backward of all micro-batches; gradients are added to the parameters' `.grad`.
+
+        Args:
+            inputs: (B, T) int64 of every micro-batch, on all stages.
+            targets: (B, T) int64 of every micro-batch, on all stages.
+            factor: what losses are multiplied by before the backward pass: scale ÷ tokens of the whole step.
+
+        Raises:
+            ValueError: another number of micro-batches than the schedule's.
+        """
+        if len(inputs) != self.schedule.microbatches:
+            raise ValueError(f"{len(inputs)} micro-batches for a schedule of {self.schedule.microbatches}")
+        shapes = [self._local_shape(*tokens.shape) for tokens in inputs]
+        mail = Mail(self.schedule, self.axis, shapes, self._dtype, inputs[0].device)
+        run = _Step(self, inputs, targets, factor, mail)
+        begin = time.perf_counter()
+        steps = []
+        for action in self.schedule.actions[self.stage]:
+            gathered = run.receive(action)
+            start = time.perf_counter()
+            run.do(action, gathered)
+            steps.append(Step(self.stage, action, start - begin, time.perf_counter() - begin))
+        run.mail.close()
+        self._tie()
+        losses = collectives.all_gather(run.losses[None], self.axis, dim=0, name="losses")[-1]
+        busy = sum(step.end - step.start for step in steps)
+        return Outcome(losses, steps, busy, time.perf_counter() - begin - busy)
+
+    def share(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
+        """Placements that say that a tied embedding is on two stages; the first counts as its owner."""
+        shared = dict(placements)
+        if self._is_tied and self.axis.size > 1 and "embed.weight" in shared:
+            old = shared["embed.weight"]
+            shared["embed.weight"] = dataclasses.replace(old, replicated_over=(*old.replicated_over, "pp"))
+        return shared
+
+    def _tie(self) -> None:
+        """Give the first and the last stage the sum of their gradients of a tied embedding."""
+        self._merge()
+        ends = 0, self.axis.size - 1
+        if not self._is_tied or self.axis.size == 1 or self.stage not in ends:
+            return
+        gradient = self.model.embed.weight.grad  # type: ignore[union-attr]
+        assert isinstance(gradient, Tensor)
+        other = torch.empty_like(gradient)
+        peer = ends[0] if self.stage else ends[1]
+        sending = collectives.send_async(gradient.clone(), self.axis, peer, name="tied embedding")
+        collectives.recv(other, self.axis, peer, name="tied embedding")
+        sending.wait()
+        gradient.add_(other)
+
+    def first(self, chunk: int) -> bool:
+        """Whether a chunk of this stage begins the model."""
+        return self.stage == 0 and chunk == 0
+
+    def last(self, chunk: int) -> bool:
+        """Whether a chunk of this stage ends the model."""
+        return self.stage == self.schedule.stages - 1 and chunk == self.schedule.chunks - 1
+
+    def forward(self, chunk: int, x: Tensor, targets: Tensor) -> Tensor:
+        """A chunk's output: of tokens or activations, activations or the summed loss."""
+        with self._autocast():
+            if self.first(chunk):
+                x = self.model.embed_tokens(x)  # type: ignore[operator]
+            for block in self._chunks[chunk]:
+                x = block(x)
+            return self.model.output(x, targets) if self.last(chunk) else x  # type: ignore[operator]
+
+
+class _Step:
+    """The tensors of one step: what forward passes left for backward passes."""
+
+    def __init__(
+        self, pipeline: Pipeline, inputs: Sequence[Tensor], targets: Sequence[Tensor], factor: float, mail: Mail
+    ) -> None:
+        self.pipeline, self.inputs, self.targets, self.factor, self.mail = pipeline, inputs, targets, factor, mail
+        self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.losses = torch.zeros(len(inputs), dtype=pipeline._dtype, device=inputs[0].device)
+
+    def receive(self, action: Action) -> Tensor | None:
+        """Wait for what an action needs from another stage."""
+        if self.pipeline.schedule.waits_for(self.pipeline.stage, action) is None:
+            return None
+        return self.mail.collect(action)
+
+    def do(self, action: Action, arrived: Tensor | None) -> None:
+        """Run one action, and send its result on."""
+        if action.kind == "forward":
+            self._forward(action, arrived)
+        elif action.kind == "backward_weight":
+            self.pipeline._gradients.finish(action[1:])
+        else:
+            if action.kind == "backward_input":
+                self.pipeline._gradients.begin(action[1:])
+            self._backward(action, arrived)
+            self.pipeline._gradients.end()
+
+    def _forward(self, action: Action, arrived: Tensor | None) -> None:
+        pipeline, (_, microbatch, chunk) = self.pipeline, action
+        x = self.inputs[microbatch] if arrived is None else arrived.requires_grad_()
+        y = pipeline.forward(chunk, x, self.targets[microbatch])
+        self.held[microbatch, chunk] = x, y
+        if pipeline.last(chunk):
+            self.losses[microbatch] = y.detach()
+        else:
+            self.mail.post(action, y.detach())
+
+    def _backward(self, action: Action, arrived: Tensor | None) -> None:
+        pipeline, (_, microbatch, chunk) = self.pipeline, action
+        x, y = self.held.pop((microbatch, chunk))
+        if arrived is None:
+            (y * self.factor).backward()  # type: ignore[no-untyped-call]
+        else:
+            torch.autograd.backward(y, arrived)
+        if not pipeline.first(chunk):
+            assert x.grad is not None
+            self.mail.post(action, x.grad)

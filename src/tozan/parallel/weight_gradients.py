@@ -1,0 +1,105 @@
+"""Linear layers whose weight gradient can wait: what zero-bubble schedules split the backward pass with.
+
+The backward pass of y = x·Wᵀ + b makes two products. The input's gradient is what the previous pipeline stage waits
+for; nobody waits for the weight's. While a `WeightGradients` is deferring, layers bound to it make the first at once
+and leave the second, with the tensors that it needs, to `finish`. Both are the products that autograd would run, on
+the same operands, and gradients are added up in the order of `finish` calls: the bits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tozan.parallel.tensor_1d import ColumnParallelLinear, RowParallelLinear
+from tozan.parallel.vocabulary import compute_dtype
+
+
+class WeightGradients:
+    """The products that wait."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Hashable, list[Callable[[], None]]] = {}
+        self._deferring: Hashable | None = None
+
+    def bind(self, model: nn.Module) -> None:
+        """Makes the linear layers of a model able to wait; `forward` stays the same to the bit."""
+        for module in model.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                module.product = self.linear
+            elif isinstance(module, nn.Linear):
+                module.forward = partial(_forward, module, self)  # type: ignore[method-assign]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear`, whose weight gradient waits if `begin` was called by the time of its backward pass."""
+        return _Linear.apply(x, weight, bias, self, compute_dtype(x))  # type: ignore[no-any-return, no-untyped-call]
+
+    def begin(self, key: Hashable) -> None:
+        """From now on weight gradients wait, under this key."""
+        self._deferring = key
+        self._waiting[key] = []
+
+    def end(self) -> None:
+        """From now on weight gradients are made at once."""
+        self._deferring = None
+
+    def finish(self, key: Hashable) -> None:
+        """Makes the weight gradients that wait under a key, and adds them to the parameters' `.grad`."""
+        for product in self._waiting.pop(key):
+            product()
+
+    def defer(self, product: Callable[[], None]) -> bool:
+        """Takes a product if it may wait; False if it must be made now."""
+        if self._deferring is None:
+            return False
+        self._waiting[self._deferring].append(product)
+        return True
+
+
+def _forward(module: nn.Linear, gradients: WeightGradients, x: Tensor) -> Tensor:
+    return gradients.linear(x, module.weight, module.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x·Wᵀ + b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradients: WeightGradients, dtype: torch.dtype
+    ) -> Tensor:
+        """The product in `dtype`; keeps x in that type, and the weight as it is."""
+        ctx.x_dtype, ctx.gradients = x.dtype, gradients
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.leaf = weight
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        """The input's gradient, and the weight's unless it waits."""
+        x, weight = ctx.saved_tensors
+        dy = gradients[0].flatten(0, -2)
+        dx = (dy @ weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
+        db = None if ctx.bias_dtype is None else dy.sum(0).to(ctx.bias_dtype)
+        leaf = ctx.leaf
+
+        def product() -> Tensor:
+            made: Tensor = (dy.T @ x.flatten(0, -2)).to(weight.dtype)
+            return made
+
+        def later() -> None:
+            made = product()
+            leaf.grad = made if leaf.grad is None else leaf.grad.add_(made)
+
+        waits = ctx.needs_input_grad[1] and ctx.gradients.defer(later)
+        dw = product() if ctx.needs_input_grad[1] and not waits else None
+        return dx, dw, db, None, None
