@@ -73,9 +73,9 @@ def verify(folder: Path, only: str = "") -> list[Problem]:
     """
     try:
         table = manifest.read(folder)
+        problems = _listing(folder, table, only)
     except UserError as error:
         return error.problems
-    problems = _listing(folder, table, only)
     bad = {problem.where for problem in problems}
     for name, file in table.files.items():
         if file.header is None and str(folder / name) not in bad:
@@ -174,8 +174,11 @@ def _listing(folder: Path, table: Manifest, only: str) -> list[Problem]:
         if path is None:
             problems.append(Problem(str(folder / name), "is missing, but the manifest lists it", _DAMAGED))
             continue
-        with files.naming(path, "read"):
+        try:
             facts = path.stat()
+        except OSError as error:
+            problems.append(files.problem(error, path, "read"))
+            continue
         if not stat.S_ISREG(facts.st_mode):
             problems.append(Problem(str(path), "is not a plain file", _DAMAGED))
         elif facts.st_size != table.files[name].bytes:
