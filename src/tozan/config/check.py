@@ -66,9 +66,17 @@ def broken(config: Config, origin: Mapping[str, str], *, warnings: bool, wrong: 
 
 
 def places(origin: Mapping[str, str], keys: Collection[str]) -> str:
-    """Where the values of `keys` were written, leaving out defaults; the key's name where all are defaults."""
-    written = [origin[key] for key in keys if not origin.get(key, "default").startswith(("default", "solved"))]
-    return ", ".join(dict.fromkeys(written)) or next(iter(keys))
+    """Where the values of `keys` were written: lines in order, flags, presets, and no defaults unless all are."""
+    found = {origin.get(key, "default") for key in keys}
+    written = sorted((place for place in found if not place.startswith(("default", "solved"))), key=_rank)
+    return ", ".join(written) or next(iter(keys))
+
+
+def _rank(place: str) -> tuple[int, int, str]:
+    line = place.rpartition(":")[2]
+    if line.isdecimal():
+        return 0, int(line), place
+    return 2 if place.startswith("preset ") else 1, 0, place
 
 
 def processes(data: int, world_size: int, origin: Mapping[str, str]) -> Problem:

@@ -257,9 +257,7 @@ def nearest_key(key: str) -> str | None:
     if near:
         return f"{table}.{near[0]}" if table else near[0]
     anywhere = difflib.get_close_matches(name, sorted({f.name for f in known.values()}), 1, 0.7)
-    if anywhere:
-        return next(k for k, f in known.items() if f.name == anywhere[0])
-    return next(iter(difflib.get_close_matches(key, list(known), 1, 0.7)), None)
+    return next((k for k, f in known.items() if anywhere and f.name == anywhere[0]), None)
 
 
 def nearest_table(name: str) -> str | None:

@@ -31,6 +31,7 @@ OTHER_WORDS = {
     "error": "refuse",
     "ignore": "skip",
     "block": "full",
+    "all": "full",
 }
 """Other trainers' words for our choices."""
 
@@ -78,7 +79,7 @@ def _meant(spec: Field, value: Any) -> Any:
         word = str(value).strip().lower()
         if OTHER_WORDS.get(word) in spec.choices:
             return OTHER_WORDS[word]
-        near = difflib.get_close_matches(word, [str(choice) for choice in spec.choices], 1, 0.5)
+        near = difflib.get_close_matches(word, [str(choice) for choice in spec.choices], 1, 0.65)
         return near[0] if near else None
     if spec.kind == "boolean":
         return YES_AND_NO.get(str(value).lower())
