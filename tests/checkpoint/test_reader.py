@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tozan.checkpoint import State, load, newest, resolve, save, stream, verify
 from tozan.errors import UserError
 
+EMBED = "model/embed.weight"
 MODEL = "model-00001-of-00001.safetensors"
 
 
@@ -77,7 +78,7 @@ DAMAGES = {
     "forged: absurd shape": (
         lambda f: edit_manifest(
             f,
-            lambda t: t["tensors"]["model/embed.weight"].update(
+            lambda t: tensors_of(t)[EMBED].update(
                 shape=[1 << 60], parts=[{"file": MODEL, "offset": [0], "shape": [1 << 60], "sha256": "0" * 64}]
             ),
             seal=True,
@@ -88,29 +89,29 @@ DAMAGES = {
         lambda f: edit_manifest(
             f,
             lambda t: (
-                t["tensors"]["model/embed.weight"].update(shape=[30, 30]),
-                t["tensors"]["model/embed.weight"]["parts"][0].update(shape=[30, 30]),
+                tensors_of(t)[EMBED].update(shape=[30, 30]),
+                tensors_of(t)[EMBED]["parts"][0].update(shape=[30, 30]),
             ),
             seal=True,
         ),
         "model/embed.weight",
     ),
     "forged: parts that do not cover": (
-        lambda f: edit_manifest(f, lambda t: t["tensors"]["model/embed.weight"].update(shape=[41, 30]), seal=True),
+        lambda f: edit_manifest(f, lambda t: tensors_of(t)[EMBED].update(shape=[41, 30]), seal=True),
         "model/embed.weight",
     ),
     "forged: unknown dtype": (
-        lambda f: edit_manifest(f, lambda t: t["tensors"]["model/embed.weight"].update(dtype="F3"), seal=True),
+        lambda f: edit_manifest(f, lambda t: tensors_of(t)[EMBED].update(dtype="F3"), seal=True),
         "F3",
     ),
     "forged: tensor in no file": (
         lambda f: edit_manifest(
-            f, lambda t: t["tensors"]["model/embed.weight"]["parts"][0].update(file="trainer.json"), seal=True
+            f, lambda t: tensors_of(t)[EMBED]["parts"][0].update(file="trainer.json"), seal=True
         ),
         "trainer.json",
     ),
     "forged: no such tensor in the file": (
-        lambda f: edit_manifest(f, lambda t: t["tensors"].update({"model/ghost": t["tensors"]["model/embed.weight"]}), seal=True),
+        lambda f: edit_manifest(f, lambda t: tensors_of(t).update({"model/ghost": tensors_of(t)[EMBED]}), seal=True),
         "model/ghost",
     ),
 }  # fmt: skip
