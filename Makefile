@@ -7,9 +7,11 @@
 # Where PyTorch's default build is the one for GPUs and none is wanted, point pip at PyTorch's index of CPU builds.
 
 SHELL := /bin/bash
-PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3.14 python3; do \
+ifndef PYTHON
+PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3.14 python3; do \
 	command -v $$name >/dev/null && $$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$name && break; done)
+endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
@@ -24,10 +26,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing tozan and what it needs into $(VENV)"
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	@echo "installing tozan and what its tests need into $(VENV)"
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
