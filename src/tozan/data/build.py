@@ -70,42 +70,43 @@ def build(
     out = Path(out)
     _check(out, validation, shard_bytes)
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    notes = Counter() if notes is None else notes
     with staging(out) as scratch, Spool(scratch / "spool") as spool:
-        notes = Counter() if notes is None else notes
         spool.fill(_documents(sources, notes, on_event), limit)
         if not len(spool):
             raise UserError(Problem("sources", "there is no text in them", "name files or folders that hold text"))
         on_event(f"{len(spool):,} documents, {spool.bytes / 1e6:,.1f} MB, {spool.duplicates:,} duplicates left out")
-        corpus = spool.sha256()
+        recipe: dict[str, Any] = {"seed": seed, "validation": validation, "shard_bytes": shard_bytes}
+        recipe |= {"corpus_sha256": spool.sha256(), "licences": spool.licences(), "sources": spool.sources()}
         splits = _splits(spool, validation, seed)
         chosen = given or _train(spool, splits["train"], vocabulary, on_event)
-        recipe: dict[str, Any] = {
-            "tokenizer_sha256": chosen.sha256,
-            "vocabulary": chosen.size,
-            "end": chosen.end,
-            "dtype": "uint16" if chosen.size <= 1 << 16 else "uint32",
-            "seed": seed,
-            "validation": validation,
-            "shard_bytes": shard_bytes,
-            "corpus_sha256": corpus,
-        }
+        recipe |= {"tokenizer_sha256": chosen.sha256, "vocabulary": chosen.size, "end": chosen.end}
+        recipe |= {"dtype": "uint16" if chosen.size <= 1 << 16 else "uint32"}
         if (found := _standing(out, recipe, overwrite)) is not None:
             on_event(f"{out} holds this data set already; nothing to do")
             return found
         files = scratch / "files"
-        write_file(files / layout.TOKENIZER, chosen.json)
-        shards = [entry for split in splits for entry in _write(files, spool, split, splits[split], chosen, recipe)]
-        manifest = Manifest(
-            **recipe,
-            splits={split: _total(shards, split) for split in splits},
-            licences=spool.licences(),
-            sources=spool.sources(),
-            notes=dict(sorted((spool.notes() + notes).items())),
-            shards=shards,
-        )
-        write_file(files / layout.NAME, manifest.to_json())
+        manifest = _fill(files, spool, splits, chosen, recipe, notes)
         publish(files, out, overwrite=overwrite)
-    on_event(f"{sum(entry.tokens for entry in shards):,} tokens in {len(shards)} shards: {out}")
+    on_event(f"{sum(entry.tokens for entry in manifest.shards):,} tokens in {len(manifest.shards)} shards: {out}")
+    return manifest
+
+
+def _fill(
+    folder: Path,
+    spool: Spool,
+    splits: dict[Split, list[int]],
+    tokenizer: Tokenizer,
+    recipe: dict[str, Any],
+    notes: Counter[str],
+) -> Manifest:
+    """Writes all files of a data set into a folder, the manifest last."""
+    write_file(folder / layout.TOKENIZER, tokenizer.json)
+    shards = [entry for split in splits for entry in _write(folder, spool, split, splits[split], tokenizer, recipe)]
+    totals = {split: _total(shards, split) for split in splits}
+    counted = {note: count for note, count in sorted((spool.notes() + notes).items()) if count}
+    manifest = Manifest(**recipe, splits=totals, notes=counted, shards=shards)
+    write_file(folder / layout.NAME, manifest.to_json())
     return manifest
 
 
@@ -148,12 +149,12 @@ def _standing(out: Path, recipe: dict[str, Any], overwrite: bool) -> Manifest | 
         if overwrite:
             return None
         raise
-    differing = [f"{field} {getattr(manifest, field)}" for field in recipe if getattr(manifest, field) != recipe[field]]
+    differing = [field for field in recipe if getattr(manifest, field) != recipe[field]]
     if not differing:
         return manifest
     if overwrite:
         return None
-    rule = "holds another data set, with " + ", ".join(differing)
+    rule = f"holds another data set; they differ in {', '.join(differing)}"
     raise UserError(Problem(str(out), rule, "name another folder, or ask to overwrite this one"))
 
 

@@ -52,6 +52,7 @@ class Dataset:
         self._entries = manifest.of(split)
         self._ends = np.cumsum([entry.tokens for entry in self._entries], dtype=np.int64)
         self._checked: dict[int, bytearray] = {}
+        self._lost: dict[int, list[Problem]] = {}
         self._open: OrderedDict[int, Shard] = OrderedDict()
         # Each open shard holds two files; leave most of what this process may open to others.
         self._open_limit = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
@@ -202,13 +203,20 @@ class Dataset:
         return wanted
 
     def _shard(self, number: int) -> Shard:
-        """An open shard; the ones used last stay open."""
+        """An open shard; the ones used last stay open, and one that cannot be opened is not tried again."""
         with self._lock:
+            if number in self._lost:
+                raise DamagedError(*self._lost[number])
             shard = self._open.get(number)
             if shard is None:
                 entry = self._entries[number]
                 checked = self._checked.setdefault(number, bytearray(entry.documents))
-                shard = self._open[number] = Shard(self._path, entry, self._manifest, checked)
+                try:
+                    shard = Shard(self._path, entry, self._manifest, checked)
+                except DamagedError as error:
+                    self._lost[number] = error.problems
+                    raise
+                self._open[number] = shard
                 if len(self._open) > self._open_limit:
                     self._open.popitem(last=False)
             else:

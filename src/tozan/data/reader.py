@@ -22,6 +22,8 @@ from tozan.errors import Problem, UserError
 
 Array = npt.NDArray[Any]
 
+GOOD, BAD = 1, 2
+"""Verdicts on members."""
 LONGEST_DESCRIPTION = 1 << 20
 """Largest description of a document, in bytes."""
 REBUILD = "copy it again from where it is whole, or build the data set again"
@@ -129,7 +131,7 @@ class Shard:
             folder: the data set.
             entry: the shard.
             manifest: the data set's manifest.
-            checked: one byte a document, set once its member has been found whole.
+            checked: one byte a document: 0, or whether its member was found `GOOD` or `BAD` when first read.
 
         Raises:
             DamagedError: the tar or its index is not what the manifest says.
@@ -163,9 +165,15 @@ class Shard:
             DamagedError: the member is not whole. Its header, checksum and tokens are looked at when it is first read.
         """
         width = self._dtype.itemsize
-        if not self._checked[document]:
-            tokens = self._whole(document)
-            self._checked[document] = 1
+        if self._checked[document] == BAD:
+            raise damaged(self.where(document), "is damaged, as was found before")
+        if self._checked[document] != GOOD:
+            try:
+                tokens = self._whole(document)
+            except DamagedError:
+                self._checked[document] = BAD
+                raise
+            self._checked[document] = GOOD
             return tokens[first:last]
         offset = int(self.index.offset[document]) + first * width
         data = self._read(document, offset, (last - first) * width)
