@@ -238,7 +238,7 @@ def generate(checkpoint: Path, prompt: str, **options: Any) -> None:
     click.echo()
 
 
-@cli.command("eval")
+@cli.command("eval", epilog=examples("tozan eval runs/first", "tozan eval runs/first --data data/other --samples 1000"))
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--data", type=FOLDER, help="A data set; without it, the one that the model was trained on.")
 @click.option(
@@ -247,12 +247,7 @@ def generate(checkpoint: Path, prompt: str, **options: Any) -> None:
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(checkpoint: Path, data: Path | None, samples: int, precision: str, as_json: bool) -> None:
-    r"""Score a model on held-out text. CHECKPOINT is a run folder or one checkpoint.
-
-    \b
-    tozan eval runs/first
-    tozan eval runs/first --data data/other --samples 1000
-    """
+    """Score a model on held-out text. CHECKPOINT is a run folder or one checkpoint."""
     from tozan import api
 
     scores = api.evaluate(checkpoint, data, samples=samples, precision=precision)
@@ -260,9 +255,8 @@ def evaluate(checkpoint: Path, data: Path | None, samples: int, precision: str, 
         click.echo(json.dumps(scores))
         return
     for name, value in scores.items():
-        click.echo(
-            f"{name.replace('_', ' '):<15} {value:,.4f}" if isinstance(value, float) else f"{name:<15} {value:,}"
-        )
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+        click.echo(f"{name.replace('_', ' '):<15} {shown}")
 
 
 @cli.command(
