@@ -1,0 +1,198 @@
+"""The heartbeat: when a rank is lost or hangs, one message names it and the operation that everyone waited for.
+
+Each rank has one thread that writes a beat (a counter and what the rank is doing) into the store every `interval`
+seconds. Rank 0's thread reads them all. A counter that stands still for `lost_after` seconds is a lost rank; an
+operation that waits for longer than `hang_after` seconds is a hang, and the ranks of its axis that have started fewer
+operations there are late. Rank 0 prints the verdict and leaves it in the store, where the others find it: everyone ends
+with `EXIT_LOST` and without a traceback. If rank 0 itself, or the store that it holds, is gone, rank 1 prints.
+
+A beat costs one small message, so 4,096 ranks at two seconds are 2,000 messages a second for the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from tozan.comm.ledger import Ledger
+
+EXIT_LOST = 14
+"""Exit status of a rank that ends because another is lost or hangs."""
+
+
+class Store(Protocol):
+    """What the monitor needs of `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str, /) -> None: ...  # noqa: D102
+    def get(self, key: str, /) -> bytes: ...  # noqa: D102
+    def check(self, keys: list[str], /) -> bool: ...  # noqa: D102
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The main thread stands in a collective that cannot be interrupted: only the whole process can end.
+    os._exit(EXIT_LOST)
+
+
+class Monitor:
+    """Watches over all ranks from a thread of its own; `stop()` it before leaving.
+
+    Args:
+        store: a connection of its own to the job's store (not one that the main thread waits on).
+        rank: this rank.
+        world_size: all ranks.
+        ledger: what this rank is doing.
+        interval: seconds between beats.
+        lost_after: seconds without a beat after which a rank is lost.
+        hang_after: seconds in one operation after which the run hangs.
+        end: what ends the process; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        ledger: Ledger,
+        *,
+        interval: float = 2.0,
+        lost_after: float = 12.0,
+        hang_after: float = 120.0,
+        end: Callable[[], None] = _end,
+    ) -> None:
+        self.ledger, self.rank, self.world_size = ledger, rank, world_size
+        self._store, self._end = store, end
+        self._interval, self._lost_after, self._hang_after = interval, lost_after, hang_after
+        self._stopped, self._count = threading.Event(), 0
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._failed_operation: str | None = None
+        self._thread = threading.Thread(target=self._run, name="tozan-monitor", daemon=True)
+
+    def start(self) -> Monitor:
+        """Begin to beat."""
+        self._beat()
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Say goodbye and stop watching; the others go on without this rank."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._thread.join()
+            try:
+                self._store.set(f"beat/{self.rank}", json.dumps({"n": -1}))
+            except RuntimeError:  # rank 0 and its store have left before us, which is no one's concern any more
+                return
+
+    def failed(self, operation: str) -> None:
+        """An operation of this rank failed: wait for the verdict, which ends the process.
+
+        Returns only if every rank is alive after all, so that the caller can raise its own error.
+        """
+        self._failed_operation = operation
+        self._stopped.wait(self._lost_after + 3 * self._interval)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            try:
+                self._beat()
+                verdict = self._judge() if self.rank == 0 else self._read_verdict()
+            except RuntimeError:  # torch raises this and its DistError for a closed connection
+                if self._stopped.is_set():
+                    return
+                verdict = f"rank 0 is lost (its store no longer answers); rank {self.rank} was in {self._doing()}"
+                if self.rank == 1:
+                    _say(verdict)
+                self._end()
+                return
+            if verdict:
+                if self.rank == 0:
+                    _say(verdict)
+                    self._store.set("verdict", verdict)
+                    time.sleep(2 * self._interval)  # this rank may hold the store: let the others read
+                self._end()
+                return
+
+    def _doing(self) -> str:
+        entry = self.ledger.oldest_open()
+        return self._failed_operation or (str(entry) if entry else "no collective")
+
+    def _beat(self) -> None:
+        self._count += 1
+        entry = self.ledger.oldest_open()
+        beat: dict[str, Any] = {"n": self._count, "doing": self._doing(), "started": self.ledger.started()}
+        if entry is not None:
+            beat |= {"axis": entry.axis, "ranks": entry.ranks, "sequence": entry.sequence}
+            beat["seconds"] = time.perf_counter() - entry.start
+        self._store.set(f"beat/{self.rank}", json.dumps(beat))
+
+    def _read_verdict(self) -> str | None:
+        if self._store.check(["verdict"]):
+            return self._store.get("verdict").decode()
+        return None
+
+    def _judge(self) -> str | None:
+        """Rank 0: who is lost, who is late?"""
+        keys = [f"beat/{rank}" for rank in range(self.world_size)]
+        if not self._store.check(keys):
+            return None  # not everyone has come yet
+        beats = [json.loads(text) for text in self._store.multi_get(keys)]
+        now = time.monotonic()
+        lost = []
+        for rank, beat in enumerate(beats):
+            count, since = self._seen.get(rank, (0, now))
+            if beat["n"] != count:
+                self._seen[rank] = (beat["n"], now)
+            elif beat["n"] >= 0 and now - since > self._lost_after:
+                lost.append(rank)
+        if lost:
+            return _lost_message(lost, beats, self._lost_after)
+        hung = [rank for rank, beat in enumerate(beats) if beat.get("seconds", 0.0) > self._hang_after]
+        return _hang_message(hung, beats) if hung else None
+
+
+def _say(verdict: str) -> None:
+    print(f"tozan: {verdict}", file=sys.stderr, flush=True)
+
+
+def _names(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _lost_message(lost: list[int], beats: list[dict[str, Any]], seconds: float) -> str:
+    waiting = [rank for rank, beat in enumerate(beats) if rank not in lost and beat.get("doing") != "no collective"]
+    first = next((beats[r]["doing"] for r in waiting if set(lost) & set(beats[r].get("ranks", ()))), None)
+    first = first or next((beats[rank]["doing"] for rank in waiting), "no collective")
+    are = "is" if len(lost) == 1 else "are"
+    return (
+        f"{_names(lost)} {are} lost: no sign of life for {seconds:.0f} s (last seen in {beats[lost[0]].get('doing')}). "
+        f"Everyone waited in {first}."
+    )
+
+
+def _hang_message(hung: list[int], beats: list[dict[str, Any]]) -> str:
+    """Of all operations that wait too long, the one whose axis has late ranks is the cause."""
+    for rank in hung:
+        beat = beats[rank]
+        axis, sequence = beat["axis"], beat["sequence"]
+        late = [
+            other
+            for other in beat["ranks"]
+            if beats[other]["n"] < 0 or beats[other].get("started", {}).get(axis, 0) <= sequence
+        ]
+        if late:
+            doing = beats[late[0]].get("doing", "has left the run")
+            return (
+                f"hang: {_names(late)} did not come. Everyone waited for {beat['seconds']:.0f} s in {beat['doing']}; "
+                f"rank {late[0]}: {doing}."
+            )
+    beat = beats[hung[0]]
+    return f"hang: rank {hung[0]} has waited for {beat['seconds']:.0f} s in {beat['doing']}, and everyone has come."
