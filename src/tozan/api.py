@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tozan.config import Loaded
 from tozan.config import load as load_config
@@ -20,7 +20,7 @@ from tozan.errors import Problem, UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from tozan.data import Document, Manifest, Tokenizer
+    from tozan.data import Manifest, Tokenizer
     from tozan.train import Result
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -69,7 +69,15 @@ def train_model(
 
 
 def build_data(
-    sources: Iterable[Path | str] | Path | str, out: Path | str, *, limit: int | None = None, **options: Any
+    sources: Iterable[Path | str] | Path | str,
+    out: Path | str,
+    *,
+    licence: str = "unknown",
+    field: str = "text",
+    encoding: str = "utf-8",
+    errors: Literal["refuse", "replace"] = "refuse",
+    on_event: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> Manifest:
     """Turn text into a data set.
 
@@ -77,8 +85,13 @@ def build_data(
         sources: files, folders or globs of text, `standard-library` (the running Python's documentation and source)
             or `debian` (Japanese and English documentation from Debian packages).
         out: the folder to write.
-        limit: use at most this many bytes of text.
-        options: see `tozan.data.build`.
+        licence: of texts that do not state their own.
+        field: field of JSON lines or column of Parquet that holds the text.
+        encoding: of text files.
+        errors: bytes that are no text in `encoding` are mistakes (`refuse`), or become U+FFFD (`replace`).
+        on_event: is told what is being done.
+        options: `vocabulary`, `tokenizer`, `validation`, `shard_bytes`, `seed`, `limit`, `overwrite`: see
+            `tozan.data.build`.
 
     Raises:
         UserError: a source is not there or holds no text, or an option makes no sense.
@@ -86,15 +99,11 @@ def build_data(
     from tozan import data
 
     named = [sources] if isinstance(sources, str | Path) else list(sources)
-    return data.build(chain.from_iterable(map(_documents, named)), Path(out), limit=limit, **options)
-
-
-def _documents(source: Path | str) -> Iterable[Document]:
-    from tozan.data import corpus
-
-    if source == "standard-library":
-        return corpus.standard_library()
-    return corpus.debian() if source == "debian" else corpus.folder(source)
+    notes: Counter[str] = Counter()
+    documents = data.corpus.gather(
+        named, licence=licence, field=field, encoding=encoding, errors=errors, notes=notes, on_event=on_event
+    )
+    return data.build(documents, Path(out), notes=notes, on_event=on_event, **options)
 
 
 def open_model(path: Path | str) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:

@@ -165,6 +165,16 @@ def data() -> None:
 @click.option("--shard-megabytes", type=click.IntRange(min=1), default=64, show_default=True, help="Size of a shard.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the split and the order of documents.")
 @click.option("--limit-megabytes", type=click.IntRange(min=1), help="Use at most this much text.")
+@click.option("--licence", default="unknown", show_default=True, help="Of texts that do not state their own.")
+@click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")
+@click.option("--encoding", default="utf-8", show_default=True, help="Of text files.")
+@click.option(
+    "--errors",
+    type=click.Choice(["refuse", "replace"]),
+    default="refuse",
+    show_default=True,
+    help="What to do with bytes that are no text in that encoding.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace another data set at --out.")
 def build_data(
     sources: tuple[str, ...], out: Path, shard_megabytes: int, limit_megabytes: int | None, **options: Any
@@ -187,13 +197,13 @@ def build_data(
     ),
 )
 @click.argument("path", type=FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 def inspect_data(path: Path, as_json: bool) -> None:
     """Say what a data set holds: tokens, documents, licences, shards."""
     from tozan.data import inspect
 
     found = inspect(path)
-    click.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str) if as_json else found)
+    click.echo(json.dumps(found.manifest.model_dump(), indent=2, ensure_ascii=False) if as_json else found)
 
 
 @data.command(
