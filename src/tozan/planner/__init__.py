@@ -1,0 +1,11 @@
+"""Prices runs before they run: which layout, how long, how much memory, what cost. Imports no torch.
+
+`plan` searches the layouts of a model on a machine, `validate` predicts published tables, `talk` reproduces the pages
+that this project started from.
+"""
+
+
+
+
+
+

@@ -1,0 +1,214 @@
+"""Machines as files: what a processor, a node and a network can do, each number with its source.
+
+A machine is one TOML page in `planner/machines/`, or any path. Units are SI: bytes, seconds, FLOP/s, bytes/s, watts.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tozan.errors import Problem, UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Above = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Natural = Annotated[int, Field(gt=0)]
+
+
+class _Table(BaseModel):
+    """A table of a machine file: no unknown keys, frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Gemm(_Table):
+    """How fast matrix products of a given shape run."""
+
+    efficiency: Share
+    """Fraction of the peak that a very large product reaches."""
+    units: Natural = 1
+    """Multiprocessors or cores that each compute one tile at a time."""
+    tiles: tuple[tuple[int, int, float], ...] = ((1, 1, 1.0),)
+    """Tiles the library chooses from: rows, columns, speed relative to the largest. The last tiles of a product leave
+    units idle (wave quantisation)."""
+    k_half: Annotated[float, Field(ge=0.0)] = 0.0
+    """Length of the summed dimension at which a product loses half its speed to its start and end."""
+    align: Natural = 1
+    """Matrix units want rows of memory whose length is a multiple of this many elements."""
+    misaligned: Above = 1.0
+    """By how much a product is slower that is not so aligned."""
+    attention: Share = 0.5
+    """Fraction of the peak that fused (flash) attention reaches."""
+
+
+class Device(_Table):
+    """What one rank computes on: a GPU, or a CPU node."""
+
+    kind: Literal["cpu", "gpu", "tpu"]
+    """What it is."""
+    memory: Above
+    """Bytes of memory a rank may use."""
+    reserve: Annotated[float, Field(ge=0.0)] = 0.0
+    """Bytes of it that the system, the libraries and fragmentation take."""
+    bandwidth: Above
+    """Nominal bytes/s of that memory."""
+    bandwidth_efficiency: Share = 0.8
+    """Fraction of it that element-wise work reaches."""
+    peak: dict[Precision, Above]
+    """Nominal FLOP/s by precision."""
+    gemm: Gemm
+    """Matrix products."""
+    launch: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds that every operation costs the device beside its work."""
+    host: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds the host needs to issue one operation; a layer takes no less than its operations times this."""
+
+
+class Node(_Table):
+    """Devices that share a box, and the links between them."""
+
+    devices: Natural = 1
+    """Ranks in one node."""
+    bandwidth: Above = 1e11
+    """Bus bandwidth (bytes/s) of a large all-reduce inside the node, in the convention of nccl-tests."""
+    latency: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds to start a collective."""
+    hop: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds per step of a ring, on top."""
+
+
+class Network(_Table):
+    """Links between nodes."""
+
+    kind: Literal["fat-tree", "torus"] = "fat-tree"
+    """`torus`: groups that are not neighbours share links (see `rank_map`)."""
+    bandwidth: Above
+    """Bytes/s that one device gets into the network."""
+    efficiency: Share = 0.8
+    """Fraction of it that collectives reach."""
+    latency: Annotated[float, Field(ge=0.0)] = 5e-6
+    """Seconds of one message."""
+    congestion: Annotated[float, Field(ge=0.0)] = 0.0
+    """Loss of collective bandwidth for every doubling of the nodes: bandwidth / (1 + congestion × log2 nodes)."""
+    dims: tuple[int, ...] = ()
+    """Sizes of the torus."""
+    links: Natural = 1
+    """Links that one node can drive at once."""
+    rank_map: Literal["block", "linear"] = "block"
+    """`block`: tensor-parallel groups get their own torus dims, so that no two rings share a link. `linear`: ranks are
+    laid out as numbered, and a group of stride s shares each link with s − 1 others."""
+
+
+class Host(_Table):
+    """Where state goes when it does not fit: the host's memory and its NVMe."""
+
+    memory: float = 0.0
+    """Bytes per device."""
+    bandwidth: Above = 1e10
+    """Bytes/s between a device and its host memory, each way."""
+    memory_bandwidth: Above = 5e10
+    """Bytes/s per device at which the host's optimizer runs."""
+    nvme: float = 0.0
+    """Bytes per device."""
+    nvme_bandwidth: Above = 1e9
+    """Bytes/s per device."""
+
+
+class Noise(_Table):
+    """Delays that hit a rank now and then (the operating system, a slow node) and that everyone waits for."""
+
+    rate: Annotated[float, Field(ge=0.0)] = 0.0
+    """Delays per node and second of work."""
+    delay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Mean length in seconds."""
+
+
+class Economy(_Table):
+    """What running it takes."""
+
+    watts: float | None = None
+    """Watts of one device with its share of the node."""
+    overhead: Above = 1.1
+    """Power usage effectiveness of the site."""
+    price: float | None = None
+    """Money for one device-hour."""
+    currency: str = "USD"
+    """Which money."""
+    node_mtbf_hours: Above = 50_000.0
+    """Mean hours between failures of one node."""
+    storage_bandwidth: Above = 1e9
+    """Bytes/s that one node writes to shared storage."""
+    storage_total: Above = 1e11
+    """Bytes/s that all nodes together write."""
+    restart_seconds: Above = 300.0
+    """Seconds from a failure to the next step."""
+
+
+class Machine(_Table):
+    """A whole machine."""
+
+    name: str
+    """What the machine is called."""
+    nodes: Natural
+    """Nodes that a job may use."""
+    device: Device
+    node: Node = Node()
+    network: Network
+    host: Host = Host()
+    noise: Noise = Noise()
+    economy: Economy = Economy()
+    spread: Above = 0.08
+    """Standard deviation of log(measured / predicted) for runs like those it was calibrated on."""
+    sources: dict[str, str]
+    """Where each number comes from: `device.peak = "…"`."""
+
+    def changed(self, **tables: dict[str, Any]) -> Machine:
+        """A copy with some keys of some tables replaced: `changed(network={"bandwidth": 12.5e9})`."""
+        new = {name: getattr(self, name).model_copy(update=keys) for name, keys in tables.items()}
+        return self.model_copy(update=new)
+
+    @property
+    def devices(self) -> int:
+        """Devices of the whole machine."""
+        return self.nodes * self.node.devices
+
+
+def names() -> list[str]:
+    """Machines that tozan ships."""
+    return sorted(item.name.removesuffix(".toml") for item in _folder().iterdir() if item.name.endswith(".toml"))
+
+
+def load(name: str) -> Machine:
+    """Read a machine: one that tozan ships, by name, or a TOML file, by path.
+
+    Raises:
+        UserError: no such machine, or a file that breaks the rules; every mistake at once.
+    """
+    path = Path(name)
+    if name in names():
+        text, where = (_folder() / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml"
+    elif path.is_file():
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    else:
+        fix = f"one of {', '.join(names())}, or the path of a machine file"
+        raise UserError(Problem("--machine", f"no machine and no file is called {name!r}", fix))
+    try:
+        return Machine.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(Problem(where, f"not TOML: {error}")) from None
+    except ValidationError as error:
+        mistakes = [
+            Problem(f"{where}: {'.'.join(map(str, item['loc']))}", f"{item['input']!r:.80}: {item['msg']}")
+            for item in error.errors()
+        ]
+        raise UserError(*mistakes) from None
+
+
+def _folder() -> Any:
+    """The folder of the machine files, wherever the package lies."""
+    return files("tozan.planner") / "machines"
