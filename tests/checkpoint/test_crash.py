@@ -87,6 +87,14 @@ def die_with_half_of_it_done(call, args):
     die(call, args)
 
 
+def problems_of(call):
+    try:
+        call()
+    except UserError as error:
+        return error.problems
+    return []
+
+
 def check_old_or_new(root: Path, before: list, after: list, equal) -> bool:
     """Each visible checkpoint is whole and one of those expected. Returns whether the new state is there."""
     folders = sorted(path for path in root.iterdir() if path.name.startswith("step-"))
@@ -146,12 +154,10 @@ def test_refused_at_each_call_of_a_save(tmp_path, make_state, equal, number):
         with pytest.MonkeyPatch.context() as patch:
             kernel = Kernel(refuse, at).install(patch)
             saver.save(make_state(2))
-            try:
-                saver.wait()
-            except UserError as error:
+            for problem in problems_of(saver.wait):
                 refused += 1
-                assert str(root) in error.problems[0].where
-                assert errno.errorcode[number] in str(error)
+                assert str(root) in problem.where
+                assert errno.errorcode[number] in problem.what
         check_old_or_new(root, [make_state(1)], [make_state(2)], equal)
         saver.save(make_state(3))
         saver.close()

@@ -115,7 +115,7 @@ def test_leaving_the_block_raises_the_writer_s_error_but_never_hides_another(tmp
     monkeypatch.setattr(saver, "write", refuse)
     with pytest.raises(UserError, match="there: no"), Saver(tmp_path) as it:
         it.save(make_state(1))
-    with pytest.raises(KeyError, match="first") as caught, Saver(tmp_path) as it:
+    with pytest.raises(KeyError, match="first") as caught, Saver(tmp_path) as it:  # noqa: PT012
         it.save(make_state(1))
         raise KeyError("first")
     assert "there: no" in caught.value.__notes__[0]
