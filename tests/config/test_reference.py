@@ -81,11 +81,11 @@ def test_page_states_the_batch_rules_truly() -> None:
 
 
 def test_rows_show_every_value() -> None:
-    rows = show.value_rows(load(None, {"data.path": "x", "train.steps": 50, "model.preset": "llama-tiny"}))
+    rows = show.value_rows(load(None, {"data.path": "x", "train.steps": 50, "optim.schedule": "wsd"}))
     assert [row[0] for row in rows] == list(fields())
     values = {key: (value, origin) for key, value, origin in rows}
     assert values["train.steps"] == ("50", "argument train.steps")
-    assert values["model.mlp_width"][0] == "192"
+    assert values["model.mlp_width"][0] == "3072"
     assert values["optim.decay"][0] == "10"
     assert values["metrics.wandb"][0] == "none"
 

@@ -80,7 +80,7 @@ def solve(micro_batch: int | None, accumulate: int | None, global_batch: int | N
     if micro_batch is None:
         micro_batch = share // accumulate if accumulate else max(divisors(share, usual))
         how["micro_batch"] = f"solved: global_batch {global_batch} ÷ " + (
-            f"(accumulate {accumulate} × data {data})" if accumulate else f"data {data}, near {usual}"
+            f"(accumulate {accumulate} × data {data})" if accumulate else f"data {data}, at most {usual} at once"
         )
     if accumulate is None:
         accumulate = share // micro_batch

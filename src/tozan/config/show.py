@@ -33,7 +33,7 @@ def _worked_out_later(config: Config) -> dict[str, str]:
         "model.kv_heads": str(shape.kv_heads),
         "model.mlp_width": str(shape.mlp_width),
         "model.vocabulary": "tokenizer's",
-        "optim.decay": str(max(1, config.train.steps // 5)),
+        "optim.decay": str(max(1, config.train.steps // 5)) if config.optim.schedule == "wsd" else "unused",
     }
 
 
