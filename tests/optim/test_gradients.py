@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from tozan.optim.gradients import clip_factor, gradient_norm, scale_gradients
+from tozan.optim.gradients import (
+    SEGMENT,
+    clip_factor,
+    gradient_norm,
+    norm_of_squares,
+    scale_gradients,
+    segment_squares,
+)
 
 
 def with_gradients(*gradients):
@@ -42,3 +49,13 @@ def test_no_clipping_below_the_limit_or_without_one():
     assert clip_factor(0.5, 1.0) == 1.0
     assert clip_factor(100.0, 0.0) == 1.0
     assert clip_factor(4.0, 1.0) == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_has_the_same_bits_wherever_a_parameter_is_cut_at_segments(dtype):
+    torch.manual_seed(3)
+    gradient = torch.randn(10 * SEGMENT + 17, dtype=dtype)
+    whole = segment_squares(gradient)
+    for cut in (SEGMENT, 7 * SEGMENT, 10 * SEGMENT):
+        assert torch.equal(torch.cat((segment_squares(gradient[:cut]), segment_squares(gradient[cut:]))), whole)
+    assert norm_of_squares({"a": whole}).value == pytest.approx(float(gradient.double().norm()), rel=1e-7)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -29,13 +29,17 @@ class AdamW:
     parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], table: AdamWTable) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], table: AdamWTable, matrices: Collection[str] | None = None
+    ) -> None:
         self.parameters = dict(parameters)
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        vectors = [p for p in self.parameters.values() if p.ndim < 2]
+        if matrices is None:
+            matrices = {name for name, p in self.parameters.items() if p.ndim >= 2}
+        decaying = [p for name, p in self.parameters.items() if name in matrices]
+        others = [p for name, p in self.parameters.items() if name not in matrices]
         groups = [
             {"params": group, "weight_decay": decay}
-            for group, decay in ((matrices, table.weight_decay), (vectors, 0.0))
+            for group, decay in ((decaying, table.weight_decay), (others, 0.0))
             if group
         ]
         self._adamw = torch.optim.AdamW(

@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+SEGMENT = 256
+"""Neighbouring elements whose squares are added first. ZeRO cuts parameters at multiples of it only, so the sums, and
+with them the global norm, do not depend on where a parameter is cut."""
 
 
 @dataclass(frozen=True)
@@ -23,24 +28,53 @@ class GradientNorm:
     culprit: str | None
 
 
+def segment_squares(gradient: Tensor) -> Tensor:
+    """Sum of squares of every `SEGMENT` neighbouring elements, in row-major order; the last segment may be short.
+
+    Args:
+        gradient: of any shape.
+
+    Returns:
+        (segments,) in fp64.
+    """
+    flat = gradient.detach().reshape(-1)
+    whole = flat.numel() // SEGMENT * SEGMENT
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, SEGMENT), dim=1)
+    if whole < flat.numel():
+        # Padded, because a sum over fewer elements is made in another order.
+        last = torch.nn.functional.pad(flat[whole:], (0, SEGMENT - flat.numel() + whole))
+        norms = torch.cat((norms, torch.linalg.vector_norm(last.view(1, SEGMENT), dim=1)))
+    squares: Tensor = norms.double().square()
+    return squares
+
+
+def norm_of_squares(squares: Mapping[str, Tensor], scale: float = 1.0) -> GradientNorm:
+    """The norm from every parameter's segments (see `segment_squares`), added in the order of names.
+
+    Args:
+        squares: (segments,) in fp64 of each parameter.
+        scale: what the loss was multiplied by before the backward pass.
+    """
+    # NumPy adds on one thread, always in the same order.
+    sums = {name: float(np.sum(squares[name].cpu().numpy())) for name in sorted(squares)}
+    value = math.sqrt(sum(sums.values())) / scale
+    if math.isfinite(value):
+        return GradientNorm(value, None)
+    for name, total in sums.items():
+        if not math.isfinite(total):
+            return GradientNorm(value, f"gradient of {name} has norm {math.sqrt(total)}")
+    return GradientNorm(value, f"the gradient norm over all parameters is {value}")
+
+
 def gradient_norm(parameters: Mapping[str, nn.Parameter], scale: float = 1.0) -> GradientNorm:
-    """L2 norm of the gradients divided by `scale`; summed over parameters in fp64 and in the order of their names.
+    """L2 norm of the gradients divided by `scale`: the same bits however parameters are sharded at segments.
 
     Args:
         parameters: those with a `.grad` count.
         scale: what the loss was multiplied by before the backward pass.
     """
-    named = [(name, p.grad) for name, p in sorted(parameters.items()) if p.grad is not None]
-    if not named:
-        return GradientNorm(0.0, None)
-    norms = torch.stack([n.double() for n in torch._foreach_norm([g for _, g in named])])
-    value = float(norms.square().sum().sqrt()) / scale
-    if math.isfinite(value):
-        return GradientNorm(value, None)
-    for (name, _), norm in zip(named, norms.tolist(), strict=True):
-        if not math.isfinite(norm):
-            return GradientNorm(value, f"gradient of {name} has norm {norm}")
-    return GradientNorm(value, f"the gradient norm over all parameters is {value}")
+    named = {name: segment_squares(p.grad) for name, p in parameters.items() if p.grad is not None}
+    return norm_of_squares(named, scale)
 
 
 def scale_gradients(parameters: Mapping[str, nn.Parameter], factor: float) -> None:
