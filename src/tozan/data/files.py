@@ -6,6 +6,7 @@ import codecs
 import dataclasses
 import glob
 import gzip
+import io
 import json
 import re
 import zlib
@@ -14,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
-
-import zstandard
 
 from tozan.data.document import Document
 from tozan.data.webpage import webpage_text
@@ -92,7 +91,7 @@ def folder(
         for path, name in _found(Path(given), reading):
             try:
                 yield from _documents(path, name, reading)
-            except (EOFError, zlib.error, zstandard.ZstdError) as error:
+            except (EOFError, zlib.error) as error:
                 reading.wrong(str(path), f"the compressed file is damaged: {error}", "copy it again")
             except OSError as error:
                 reading.wrong(str(path), f"cannot be read: {error.strerror or error}", "check the file")
@@ -145,14 +144,19 @@ def _documents(path: Path, name: str, reading: _Reading) -> Iterator[Document]:
             yield Document(about, webpage_text(text) if kind in WEB else text, name.split("/")[0], reading.licence)
 
 
-def _opened(path: Path) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    opener: Any = {".gz": gzip.open, ".zst": zstandard.open}.get(suffix, open)
-    file: IO[bytes] = opener(path, "rb")
-    return file
+def _opened(path: Path) -> IO[bytes] | gzip.GzipFile:
+    """Opens a file for reading, unpacking what is inside; a truncated archive is an error, several in a row are not."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        # The zstandard module's own reader takes a truncated file for a whole one.
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
 
 
-def _texts(file: IO[bytes], path: Path, reading: _Reading) -> Iterator[str]:
+def _texts(file: IO[bytes] | gzip.GzipFile, path: Path, reading: _Reading) -> Iterator[str]:
     """The parts of a text file, about `PART` bytes each, with plain line ends and without a byte order mark."""
     decoder = codecs.getincrementaldecoder(reading.encoding)("strict" if reading.errors == "refuse" else "replace")
     kept, read, last = "", 0, False
@@ -175,7 +179,7 @@ def _texts(file: IO[bytes], path: Path, reading: _Reading) -> Iterator[str]:
             yield part.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _lines(file: IO[bytes], path: Path, name: str, reading: _Reading) -> Iterator[Document]:
+def _lines(file: IO[bytes] | gzip.GzipFile, path: Path, name: str, reading: _Reading) -> Iterator[Document]:
     """A document for each line of JSON."""
     number = 0
     while line := file.readline(LINE):

@@ -65,7 +65,8 @@ def manpage_text(roff: str) -> str:
     if re.search(r"(?m)^\.(so |Dd\b|Dt\b)", roff):
         return ""
     page = _Page()
-    page.read(roff.replace("\r\n", "\n").replace("\\\n", "").split("\n"))
+    joined = re.sub(r"(?<!\\)((?:\\\\)*)\\\n", r"\1", roff.replace("\r\n", "\n"))
+    page.read(joined.split("\n"))
     return page.text()
 
 
@@ -192,6 +193,7 @@ class _Page:
 
     def _macro(self, name: str, rest: str) -> None:
         if name == "TH":
+            self._break()
             words = _arguments(rest)
             self._lines.append(f"{words[0]}({words[1]})" if len(words) > 1 else " ".join(words))
         elif name in ("SH", "SS"):

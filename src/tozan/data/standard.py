@@ -9,6 +9,7 @@ import re
 import sys
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -123,7 +124,8 @@ def _compiled() -> Iterator[tuple[str, str, str]]:
         if "test" in name or name.startswith("xx") or name == "__main__":
             continue
         try:
-            module = importlib.import_module(name)
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                module = importlib.import_module(name)
         except ImportError:  # needs a library that this machine has not got
             continue
         if page := _live_page(module):

@@ -29,7 +29,8 @@ def webpage_text(html: str) -> str:
         Plain text; empty if the page has none.
     """
     parser = _Reader()
-    parser.feed(html)
+    # Marked sections belong to XML; the parser of some Python versions fails on those it does not know.
+    parser.feed(re.sub(r"<!\[[^>]*>?", "", html))
     parser.close()
     return parser.text()
 
@@ -77,8 +78,14 @@ class _Reader(HTMLParser):
         self._break(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self._dropping:
-            self._parts.append(data if self._pre else re.sub(r"\s+", " ", data))
+        if self._dropping:
+            return
+        if not self._pre:
+            data = re.sub(r"\s+", " ", data)
+            if not self._parts or self._parts[-1][-1:].isspace():
+                data = data.lstrip(" ")
+        if data:
+            self._parts.append(data)
 
     def _break(self, tag: str) -> None:
         """Ends a line after a block; cells of a row stay on one."""
@@ -88,7 +95,9 @@ class _Reader(HTMLParser):
         if tag in ("td", "th"):
             self._parts.append("\t")
         elif not in_cell or self._pre or tag == "pre":
-            self._parts.append("\n\n" if _SPACED.fullmatch(tag) else "\n")
+            spaced = _SPACED.fullmatch(tag) and not (tag == "p" and any(name == "li" for name, _ in self._open))
+            if spaced or not (self._parts and self._parts[-1].endswith("\n")):
+                self._parts.append("\n\n" if spaced else "\n")
 
     def text(self) -> str:
         text = "".join(self._parts).replace("\r\n", "\n").replace("\u00a0", " ").replace("¶", "")
@@ -96,5 +105,4 @@ class _Reader(HTMLParser):
         text = re.sub(r"[ \t]+\n", "\n", text)
         text = re.sub(r"\n[\t ]*\t", "\n", text)
         text = re.sub(r"(?m)^- *\n+", "- ", text)
-        text = re.sub(r"(?m)^ (?=\S)", "", text)
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n" if text.strip() else ""
