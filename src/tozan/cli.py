@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:
-        # The reader (`head`, a pager) has gone. Python would complain once more when it flushes at exit.
+        # The reader (`head`, a pager) has gone before the last words; where it went earlier, click does the same.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 1
     return code if isinstance(code, int) else 0
 
 
