@@ -109,10 +109,11 @@ def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient: Tensor | No
         rows = slice(start, start + block)
         kept = targets[rows] != IGNORE
         index = targets[rows].where(kept, 0)[:, None]
-        p = torch.softmax(logits[rows], dim=-1, dtype=loss.dtype)
+        block_logits = logits[rows].to(loss.dtype)
+        p = torch.softmax(block_logits, dim=-1)
         # log Σ exp(logits) from the largest logit and its p, which is never below 1/V: one exponential per logit.
-        log_sum = logits[rows].amax(dim=1).to(loss.dtype) - p.amax(dim=1).log()
-        loss[rows] = (log_sum - logits[rows].gather(1, index)[:, 0]) * kept
+        log_sum = block_logits.amax(dim=1) - p.amax(dim=1).log()
+        loss[rows] = (log_sum - block_logits.gather(1, index)[:, 0]) * kept
         if gradient is not None:
             p.scatter_add_(1, index, p.new_full((), -1.0).expand(index.shape))
             if not kept.all():
