@@ -159,7 +159,7 @@ def synchronize(parameters: Mapping[str, nn.Parameter], placements: Mapping[str,
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         for axis in axes:
             flat = collectives.all_reduce(flat, mesh[axis], name="tp gradients")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 

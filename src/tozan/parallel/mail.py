@@ -63,7 +63,7 @@ class Mail:
             return
         result = result.contiguous()
         handle = collectives.send_async(result, self._axis, to, name=f"pipeline {action.kind}")
-        self._sending = [(h, x) for h, x in self._sending if not h.done()]
+        self._sending = [(h, x) for h, x in self._sending if not h.is_completed()]
         self._sending.append((handle, result))
 
     def collect(self, action: Action) -> Tensor:

@@ -70,7 +70,7 @@ class _Normalise(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         """Scale · (g − mean(g) − y · mean(g·y)), without mean(g) for RMSNorm."""
         y, scale = ctx.saved_tensors

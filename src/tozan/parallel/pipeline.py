@@ -50,7 +50,22 @@ class Outcome:
     idle: float
 
 
-def cut(model: nn.Module, layers: Layers, stage: int) -> None:
+@dataclass(frozen=True)
+class Part:
+    """What a stage keeps of a model.
+
+    Attributes:
+        layers: blocks of all stages.
+        stage: this one.
+        tied: whether the output head is the embedding.
+    """
+
+    layers: Layers
+    stage: int
+    tied: bool
+
+
+def cut(model: nn.Module, layers: Layers, stage: int) -> Part:
     """Keep one stage's part of a model, in place; names stay.
 
     The model has `embed_tokens` (first stage), `blocks`, and `output` with `norm`, and `head` or the tied `embed`
@@ -60,6 +75,9 @@ def cut(model: nn.Module, layers: Layers, stage: int) -> None:
         model: whole, on any device.
         layers: blocks of all stages.
         stage: which to keep.
+
+    Returns:
+        What the pipeline has to know about the cut.
 
     Raises:
         ValueError: the split leaves blocks out, or has an empty piece.
@@ -74,12 +92,13 @@ def cut(model: nn.Module, layers: Layers, stage: int) -> None:
         for number in piece:
             kept.add_module(str(number), blocks[number])
     model.blocks = kept
-    last = stage == len(layers) - 1
-    output = {"norm", "head"} if getattr(model, "head", None) is not None else {"norm", "embed"}
+    last, tied = stage == len(layers) - 1, getattr(model, "head", None) is None
+    output = {"norm", "embed"} if tied else {"norm", "head"}
     for name, child in list(model.named_children()):
         needed = name == "blocks" or (stage == 0 and name not in ("norm", "head")) or (last and name in output)
         if not needed and any(True for _ in child.parameters()):
             setattr(model, name, None)
+    return Part(layers, stage, tied)
 
 
 class TiedHead(nn.Module):
@@ -124,9 +143,9 @@ class Pipeline:
 
     Args:
         model: after `cut` (and `apply`, and recomputation).
+        part: what `cut` returned.
         axis: the mesh's `pp`.
         schedule: what every stage does.
-        layers: blocks of all stages; `layers[stage][chunk]`.
         local_shape: of the activations that stages hand on.
         autocast: opens the context that forward passes run in.
 
@@ -137,17 +156,19 @@ class Pipeline:
     def __init__(
         self,
         model: nn.Module,
+        part: Part,
         axis: Axis,
         schedule: Schedule,
-        layers: Layers,
         local_shape: LocalShape,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        if not axis.size == schedule.stages == len(layers) or any(len(c) != schedule.chunks for c in layers):
+        layers = part.layers
+        fits = axis.size == schedule.stages == len(layers) and all(len(c) == schedule.chunks for c in layers)
+        if not fits or part.stage != axis.index:
             sizes = f"{axis.size} ranks, a schedule of {schedule.stages} × {schedule.chunks}, layers {layers}"
             raise ValueError(f"pipeline: {sizes}")
-        self.model, self.axis, self.schedule, self.layers = model, axis, schedule, layers
-        self.stage = axis.index
+        self.model, self.axis, self.schedule = model, axis, schedule
+        self.stage = part.stage
         self._local_shape, self._autocast = local_shape, autocast
         self._dtype = next(model.parameters()).dtype
         self._gradients = WeightGradients()
@@ -155,7 +176,7 @@ class Pipeline:
             self._gradients.bind(model)
         blocks = dict(model.blocks.named_children())  # type: ignore[union-attr, operator]
         self._chunks = [[blocks[str(number)] for number in piece] for piece in layers[self.stage]]
-        self._is_tied = getattr(model, "head", None) is None
+        self._is_tied = part.tied
         self._merge = separate_head(model) if axis.size == 1 else lambda: None
 
     def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], factor: float) -> Outcome:
@@ -222,7 +243,7 @@ class Pipeline:
         """A chunk's output: of tokens or activations, activations or the summed loss."""
         with self._autocast():
             if self.first(chunk):
-                x = self.model.embed_tokens(x)  # type: ignore[operator]
+                x = self.model.embed_tokens(x)
             for block in self._chunks[chunk]:
                 x = block(x)
             return self.model.output(x, targets) if self.last(chunk) else x  # type: ignore[operator]

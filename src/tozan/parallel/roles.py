@@ -19,6 +19,7 @@ from torch import nn
 
 from tozan.errors import Problem
 from tozan.layout import Layout, Role
+from tozan.models.arithmetic import Shape
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -81,7 +82,7 @@ def _parse(pattern: str, text: str, model: nn.Module) -> tuple[Role, tuple[int, 
     units = tuple(int(match[group]) for group in ("units", "kv") if match[group])
     if role == "qkv":
         shape = getattr(model, "shape", None)
-        if not units and hasattr(shape, "heads") and hasattr(shape, "kv_heads"):
+        if not units and isinstance(shape, Shape):
             return role, (shape.heads, shape.kv_heads), None
         if not units:
             return role, (), Problem(where, "the numbers of heads are not known", "write them: qkv:32/8")

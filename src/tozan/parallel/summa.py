@@ -93,7 +93,7 @@ class _Summa(torch.autograd.Function):
         return PRODUCTS[form](a, b, grid)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The products of the other two forms. Both operands' gradients are made on all ranks or on none."""
         a, b = ctx.saved_tensors
@@ -159,9 +159,15 @@ def _total(parts: Iterator[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _owned(parts: Iterator[Tensor], axis: Axis) -> Tensor:
-    """Part number l summed over `axis` onto rank l; this rank's sum."""
+    """Part number l summed over `axis` onto rank l; this rank's sum. Each is on its way while the next is made."""
+    if axis.size == 1:
+        return next(parts)
+    going: list[Handle] = []
     for owner, part in enumerate(parts):
-        total = collectives.reduce(part, axis, owner, name="summa sum")
-        if owner == axis.index:
-            mine = total
-    return mine
+        sizes = [part.numel() if index == owner else 0 for index in range(axis.size)]
+        going.append(collectives.scatter_sum_async(part.contiguous().view(-1), axis, sizes, name="summa sum"))
+        if owner:
+            going[owner - 1].wait()
+        shape = part.shape
+    going[-1].wait()
+    return going[axis.index].wait().view(shape)

@@ -157,12 +157,12 @@ class Tensor1D:
         sequence: keep only T/n tokens of the residual stream on each rank, norms included.
     """
 
-    axes = ("tp_col",)
+    axes: tuple[str, ...] = ("tp_col",)
 
     def __init__(self, mesh: Mesh, sequence: bool = False) -> None:
         self.axis = mesh["tp"]
         self.sequence = sequence
-        self.token_axes = ("tp_col",) if sequence else ()
+        self.token_axes: tuple[str, ...] = ("tp_col",) if sequence else ()
         self._enter = Entrance(self.axis, sequence)
 
     @staticmethod

@@ -92,7 +92,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Scales the gradients in place; autograd's version counter refuses a second backward."""
         dx, dweight = ctx.saved_tensors

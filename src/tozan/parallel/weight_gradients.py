@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         """The input's gradient, and the weight's unless it waits."""
         x, weight = ctx.saved_tensors
