@@ -98,7 +98,7 @@ def _told(out: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(out.parent).free
         rule = f"the disk is full ({free / 1e6:,.1f} MB free); nothing was written"
-        fix = "make room for about 5 bytes for each byte of text, or choose a folder on a larger disk"
+        fix = "make room for about 3 bytes for each byte of text, or choose a folder on a larger disk"
         return UserError(Problem(str(out), rule, fix))
     about = f"{error.filename}: " if error.filename else ""
     return UserError(Problem(str(out), f"cannot be written: {about}{error.strerror or error}; nothing was written"))
