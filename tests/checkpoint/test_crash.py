@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,48 @@ def test_everything_is_synced_before_the_rename_and_the_rename_before_any_deleti
     assert created[-1].endswith("manifest.json")
     assert log[published + 1] == ("fsync", str(tmp_path))
     assert not [call for call, _ in log[: published + 2] if call in ("unlink", "rmdir", "replace")]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_strace_sees_no_call_that_the_tests_above_do_not(tmp_path, make_state, step):
+    """The layer that kills and refuses counts the same calls as the kernel's own tracer."""
+    counted = {"openat": "open", "unlinkat": "unlink", "renameat2": "exchange"}
+    tool = shutil.which("strace")
+    if tool is None:
+        (pytest.fail if os.environ.get("TOZAN_REQUIRE_ALL") else pytest.skip)("strace is not installed")
+
+    def work(root):
+        with Saver(root, keep_last=1, background=False) as saver:
+            saver.save(make_state(step))
+
+    traced, logged, go = tmp_path / "traced", tmp_path / "logged", os.pipe()
+    for root in (traced, logged):
+        save(root, make_state(1))
+    process = os.fork()
+    if process == 0:
+        try:
+            os.read(go[0], 1)
+            work(traced)
+        finally:
+            os._exit(0)
+    words = [tool, "-f", "-y", "-p", str(process), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
+        attached = tracer.stderr.readline()
+        os.write(go[1], b"x")
+        os.waitpid(process, 0)
+    assert "attached" in attached
+    lines = [line.split(maxsplit=1)[1] for line in (tmp_path / "out").read_text().splitlines() if str(traced) in line]
+    harmless = ("close(", "newfstatat(", "fstat(", "stat(", "statx(", "getdents64(", "fcntl(", "flock(", "lseek(")
+    harmless += ("lstat(", "readlink(", "access(", "statfs(")
+    changing = [
+        line.partition("(")[0]
+        for line in lines
+        if not line.startswith(harmless) and not (line.startswith("openat(") and "O_CREAT" not in line)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = Kernel().install(patch)
+        work(logged)
+    assert Counter(counted.get(call, call) for call in changing) == Counter(call for call, _ in kernel.log)
 
 
 def test_a_full_disk(tmp_path, make_state, equal):

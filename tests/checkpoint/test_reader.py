@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,17 @@ DAMAGES = {
         ),
         "model/embed.weight",
     ),
+    "forged: absurd shape without elements": (
+        lambda f: edit_manifest(
+            f,
+            lambda t: tensors_of(t)[EMBED].update(
+                shape=[1 << 62, 1 << 10, 0],
+                parts=[{"file": MODEL, "offset": [0, 0, 0], "shape": [1 << 62, 1 << 10, 0], "sha256": "0" * 64}],
+            ),
+            seal=True,
+        ),
+        "model/embed.weight",
+    ),
     "forged: other shape": (
         lambda f: edit_manifest(
             f,
@@ -156,6 +169,22 @@ def test_damaged_tensors_are_all_named_with_their_offset(folder):
     first, second = verify(folder)
     assert "model/embed.weight @ byte" in first.where
     assert "model/norm.weight @ byte" in second.where
+
+
+def test_a_device_that_fails_while_reading_is_named_and_the_checkpoint_before_is_used(folder, make_state, monkeypatch):
+    real, later = os.preadv, save(folder.parent, make_state(101))
+
+    def fail(descriptor, buffers, at):
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == later / MODEL:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(UserError, match=f"{MODEL}: cannot read: Input/output error"):
+        load(later)
+    heard = []
+    assert newest(folder.parent, heard.append) == folder
+    assert "EIO" in heard[0].what
 
 
 def test_only_reads_nothing_else(folder, make_state):

@@ -133,6 +133,8 @@ def contradictions(manifest: Manifest) -> list[str]:
         if entry.dtype not in ITEM_BYTES:
             found.append(f"tensor {name!r} has unknown dtype {entry.dtype!r}")
             continue
+        if math.prod(max(size, 1) for size in entry.shape) >= 1 << 60:
+            found.append(f"tensor {name!r} has an impossible shape {entry.shape}")
         for part in entry.parts:
             file = manifest.files.get(part.file)
             if file is None or file.header is None:
