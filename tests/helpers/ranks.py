@@ -15,6 +15,19 @@ import time
 import traceback
 from pathlib import Path
 
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "torch.testing",
+    "tozan.comm",
+    "tozan.config.schema",
+    "tozan.models.gpt2",
+    "tozan.models.llama",
+    "tozan.optim.adamw",
+    "tozan.parallel.zero",
+]
+"""What every rank needs and would otherwise import for itself."""
+
 _pools: dict[int, Pool] = {}
 
 
@@ -41,7 +54,7 @@ def spawn(world_size, function, *args, timeout=60.0):
 class Pool:
     def __init__(self, world_size):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "tozan.comm"])
+        context.set_forkserver_preload(PRELOADED)
         self.folder = tempfile.mkdtemp(prefix="tozan-ranks-")
         self.calls = 0
         self.ranks = []

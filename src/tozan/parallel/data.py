@@ -1,0 +1,130 @@
+"""Data parallelism: every rank has the whole model and other samples; gradients are summed while the backward runs.
+
+    sync = DataParallel(dict(model.named_parameters()), mesh["dp"])
+    for j in range(accumulate):                      # this rank's micro-batches
+        sync.begin(last=j == accumulate - 1)
+        loss = model(*micro_batch(j * axis.size + axis.index)) / tokens_of_the_whole_step
+        loss.backward()                              # hooks launch the buckets
+    sync.finish()                                    # now .grad is the sum over all ranks
+    norm = sync.gradient_norm()
+    optimizer.step(...)                              # over sync.parameters
+    sync.publish()                                   # nothing to do here; ZeRO hands parameters round
+
+`Zero` has the same methods. Losses are sums over tokens divided once by the tokens of the whole step, so gradients are
+summed, never averaged.
+
+Which micro-batch a rank runs matters for bits only: micro-batch number j·n + r belongs to rank r of n. With
+`deterministic=True` the sum then runs in the order of micro-batches and equals the single process's, bit for bit; this
+costs one reduce_scatter (G·(n-1)/n bytes, G the gradient's) per micro-batch. Without it only the last micro-batch
+communicates. With one micro-batch per rank and step both are the same: 2·G·(n-1)/n bytes per rank and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tozan.comm import Axis, Handle
+from tozan.comm import collectives as c
+from tozan.optim.gradients import GradientNorm, gradient_norm
+from tozan.parallel.flat import Unit, buckets
+from tozan.parallel.synchronizer import Synchronizer
+
+
+class DataParallel:
+    """Sums gradients over an axis, overlapped with the backward pass (see the module).
+
+    Args:
+        parameters: of the model, by name; their order is taken to be that of the forward pass.
+        axis: the data-parallel ranks; with one rank nothing is hooked and nothing sent.
+        deterministic: sum in the order of micro-batches.
+        bucket_bytes: gradients sent together; small enough that the first leave early, large enough for the wire.
+        broadcast: give every rank the parameters of the first; pointless where initial values are a function of names.
+
+    Attributes:
+        parameters: what an optimizer steps: those handed in.
+        matrices: names of the parameters that decay.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        axis: Axis,
+        *,
+        deterministic: bool = True,
+        bucket_bytes: int = 32 << 20,
+        broadcast: bool = False,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.matrices = {name for name, p in self.parameters.items() if p.ndim >= 2}
+        self._axis = axis
+        self._gathers: list[tuple[Unit, Tensor, Handle]] = []
+        self._synchronizer: Synchronizer | None = None
+        if axis.size > 1:
+            trainable = {name: p for name, p in reversed(self.parameters.items()) if p.requires_grad}
+            units = buckets(trainable, axis.size, bucket_bytes)
+            alone = Axis.single(f"{axis.name}_copies")
+            self._synchronizer = Synchronizer(units, axis, axis, alone, deterministic, True, self._settled)
+        if broadcast:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    c.broadcast(parameter.data, axis, 0, name=f"parameter {name}")
+
+    def begin(self, last: bool) -> None:
+        """Before each micro-batch: whether it is the last one of the step."""
+        if self._synchronizer:
+            self._synchronizer.begin(last)
+
+    def finish(self) -> None:
+        """After the last backward pass: wait until every `.grad` is the sum over all ranks."""
+        if not self._synchronizer:
+            return
+        self._synchronizer.finish()
+        for unit, flat, handle in self._gathers:
+            handle.wait()
+            for name, gradient in unit.views(flat).items():
+                unit.parameters[name].grad = gradient
+        self._gathers.clear()
+
+    def gradient_norm(self, scale: float = 1.0) -> GradientNorm:
+        """The global gradient norm, after `finish`; every rank computes the same."""
+        return gradient_norm(self.parameters, scale)
+
+    def publish(self) -> None:
+        """After the optimizer's step: every rank has stepped all parameters alike, so nothing is to be done."""
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Global tensors of this rank's ones: the same, here."""
+        yield from tensors.items()
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of global tensors: all, here."""
+        return dict(tensors)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        if self._synchronizer:
+            self._synchronizer.remove()
+
+    def _settled(self, unit: Unit, shard: Handle) -> None:
+        flat = torch.empty(unit.total, dtype=unit.dtype, device=unit.device)
+        handle = c.gather_into_async(flat, self._axis, shard.wait(), name=f"gradients of {unit.name}")
+        self._gathers.append((unit, flat, handle))
+
+
+def in_order(values: Sequence[float], axis: Axis, *, name: str = "losses") -> list[float]:
+    """One value per micro-batch of every rank, as all ranks' values in the order of micro-batches.
+
+    Args:
+        values: this rank's, one per micro-batch; the same number on every rank.
+        axis: the data-parallel ranks.
+        name: for the ledger.
+
+    Returns:
+        Value j of rank r at j·n + r: summed from the left they give the single process's bits.
+    """
+    own = torch.tensor([values], dtype=torch.float64)
+    gathered: list[float] = c.all_gather(own, axis, name=name).t().flatten().tolist()
+    return gathered
