@@ -24,7 +24,7 @@ ALLOWED = {
     "ops": set(),
     "models": {"ops"},
     "comm": {"layout", "files"},
-    "parallel": {"models", "ops", "comm", "schedules", "layout"},
+    "parallel": {"models", "ops", "comm", "schedules", "layout", "optim.gradients"},
     "optim": {"comm"},
     "data": {"files"},
     "checkpoint": {"models", "files", "layout"},

@@ -59,10 +59,10 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 score = evaluate(run, metrics)
             bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize)
             while run.step < config.train.steps and not stop.received:
-                profiler.begin(run.step)
+                profiler.begin(run.step + 1)
                 result = train_step(run, clock)
-                profiler.end(run.step)
                 advance(run, result)
+                profiler.end(run.step)
                 report(run, result, metrics, clock)
                 bad.record(run.step, None if result.overflow else result.skipped)
                 last = run.step == config.train.steps

@@ -21,7 +21,7 @@ class Profiler:
         self._profile: torch.profiler.profile | None = None
 
     def begin(self, step: int) -> None:
-        """Call before step number `step` (counted from 0)."""
+        """Call before step number `step`, counted from 1 as in the metrics."""
         if step in self._steps and self._profile is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
