@@ -4,8 +4,8 @@
 that this project started from.
 """
 
+from tozan.planner.plan import Plan, plan
+from tozan.planner.talk import Talk, talk
+from tozan.planner.validate import validate
 
-
-
-
-
+__all__ = ["Plan", "Talk", "plan", "talk", "validate"]

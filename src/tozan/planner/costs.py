@@ -97,9 +97,9 @@ def stage_parameters(job: Job, c: Candidates) -> tuple[Floats, Floats]:
     split = np.where(c.grid > 0, np.maximum(c.grid, 1) ** 2, c.tp)
     matrices = sum(rows * columns for rows, columns in block_matrices(shape).values())
     vectors, whole = _vectors(shape)
-    blocks = layers_of(shape, c) * (
-        matrices / split + vectors / split + np.where(c.grid > 0, whole / c.grid.clip(1), whole)
-    )
+    side = np.where(c.grid > 0, np.maximum(c.grid, 1), c.tp)
+    loose = np.where(c.grid > 0, whole / np.maximum(c.grid, 1), whole)
+    blocks = layers_of(shape, c) * (matrices / split + vectors / side + loose)
     table = np.ceil(shape.vocabulary / c.tp) * shape.width
     positions = shape.sequence * shape.width if shape.family == "gpt2" else 0
     both = table + positions + np.where((c.pp == 1) & (not shape.tied), table, 0.0)

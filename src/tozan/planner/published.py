@@ -317,7 +317,7 @@ def _talk(table: str, machines: Machines) -> Iterator[Case]:
         alone = dp * tp == 1
         layout = candidates(tp=tp, dp=dp, recompute="full" if alone else "none")
         # 24 f B s L h² (1 + s/6h + V/16Lh) with f = 4 or 3: for f = 3 that counts 3/4 of the head's products.
-        work = hardware_flops(shape, "full" if alone else "none")
+        work: float = hardware_flops(shape, "full" if alone else "none")
         work -= 0 if alone else 1.5 * shape.sequence * shape.vocabulary * shape.width
         work *= 1024
         seconds = work / (dp * tp * float(row["tflops_per_cpu"]) * 1e12)
@@ -340,13 +340,14 @@ def _zero3_azure(table: str, machines: Machines) -> Iterator[Case]:
 
 
 def shape_of(billions: float, sequence: int, vocabulary: int = 32000) -> Shape:
-    """A model of a given size where the source says no more: width 128 × layers^0.9…, the habit of large models."""
+    """A model of a given size where nothing more is said: about 128 wide per layer, heads of 128."""
     best: tuple[float, Shape] | None = None
-    for layers in range(8, 129, 4):
-        for ratio in (96, 112, 128, 144, 160):
+    for layers in range(8, 145, 2):
+        for ratio in (64, 96, 128, 160, 192, 224):
             width = -(-layers * ratio // 128) * 128
             shape = gpt(width, layers, max(1, width // 128), sequence, vocabulary)
-            gap = abs(parameters(shape) / (billions * 1e9) - 1)
+            # Near in size, and as slender as large models are: about 128 wide per layer.
+            gap = abs(parameters(shape) / (billions * 1e9) - 1) + 0.05 * abs(width / layers / 128 - 1)
             if best is None or gap < best[0]:
                 best = (gap, shape)
     if best is None:

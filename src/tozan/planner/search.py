@@ -106,8 +106,8 @@ def search(job: Job, devices: int, options: Options | None = None, keep: int = 5
 def enumerate_layouts(job: Job, devices: int, options: Options) -> Candidates:
     """Every candidate that uses at most `devices`, and no fewer than the spare share allows.
 
-    Meshes first (few), then every combination of micro-batch, chunks, ZeRO, recomputation, sequence parallelism, schedule
-    and offload that makes sense on them.
+    Meshes first (few), then every combination of micro-batch, chunks, ZeRO, recomputation, sequence parallelism,
+    schedule and offload that makes sense on them.
     """
     meshes = _meshes(job, devices, options)
     if not len(meshes):
@@ -126,9 +126,26 @@ def enumerate_layouts(job: Job, devices: int, options: Options) -> Candidates:
     # Gradients sharded after every micro-batch would be reduced again and again by a pipeline: nobody runs that.
     keep &= (zero < 2) | (pp == 1)
     keep &= (offload == 0) | (zero > 0) | (dp * cp == 1)
-    return Candidates(*(column[keep] for column in (
-        pp, dp, cp, tp, grid, depth, micro, chunks, zero, recompute, parallel, bubble, offload,
-    )))
+    return Candidates(
+        *(
+            column[keep]
+            for column in (
+                pp,
+                dp,
+                cp,
+                tp,
+                grid,
+                depth,
+                micro,
+                chunks,
+                zero,
+                recompute,
+                parallel,
+                bubble,
+                offload,
+            )
+        )
+    )
 
 
 def _meshes(job: Job, devices: int, options: Options) -> Ints:
@@ -184,7 +201,8 @@ def _switches(job: Job, options: Options) -> Ints:
     places = [place for place in options.offload if place == 0 or (host.memory if place == 1 else host.nvme) > 0]
     grid = np.meshgrid(micros, chunks, options.zero, options.recompute, (0, 1), (0, 1), places, indexing="ij")
     rows = np.stack([axis.ravel() for axis in grid], axis=1).astype(np.int64)
-    return rows[(rows[:, 1] == 1) | (rows[:, 5] == 0)]
+    sensible: Ints = rows[(rows[:, 1] == 1) | (rows[:, 5] == 0)]
+    return sensible
 
 
 def _divisors(number: int) -> Ints:

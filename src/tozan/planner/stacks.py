@@ -34,6 +34,7 @@ class Stack:
         pp_overlap: share of pipeline messages hidden.
         zero_rate: share of the network's collective bandwidth that ZeRO's all-gathers reach.
         slowdown: by how much all computation is slower for reasons that are not modelled; fitted to calibration rows.
+        measured: runs of this stack are among the published tables; otherwise intervals are wider.
         loss_sync: every micro-batch ends in a tiny reduction over all replicas (Megatron averages the loss), so that
             everyone waits for the slowest each time and not once a step.
         selective: what `selective` recomputes: the attention core (Megatron) or the MLP's inner part (tozan).
@@ -57,6 +58,7 @@ class Stack:
     pp_overlap: float = 0.0
     zero_rate: float = 1.0
     slowdown: float = 1.0
+    measured: bool = True
     loss_sync: bool = True
     selective: Literal["attention", "mlp"] = "attention"
 
@@ -114,6 +116,7 @@ TOZAN = Stack(
     logits_bytes=12,
     residual_bytes=4,
     dp_overlap=0.5,
+    measured=False,
     loss_sync=False,
     selective="mlp",
 )

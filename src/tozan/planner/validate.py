@@ -214,7 +214,7 @@ def _collective_line(machines: dict[str, Machine]) -> Line:
 
 
 def _cluster_line(machine: Machine) -> Line:
-    """Bus bandwidth against nodes on a shared cluster, the mean of a wide spread; congestion of our file is Selene's."""
+    """Bus bandwidth on a shared cluster, the mean of a wide spread; the congestion in our file is that of Selene."""
     found = []
     for row in rows("ultrascale_playbook"):
         nodes = int(row["value_of_axis"])
@@ -290,7 +290,8 @@ def _notes(tables: dict[str, list[Case]]) -> list[str]:
         for case in tables[table]
     ]
     return [
-        f"530B with ZeRO-3 on 560 A100-80GB ran out of memory; the planner says that it {'fits' if fits else 'does not fit'}.",
+        "530B with ZeRO-3 on 560 A100-80GB ran out of memory; the planner says that it "
+        f"{'fits' if fits else 'does not fit'}.",
         f"Of {len(ran)} layouts that did run, the planner says that {sum(ran)} fit.",
         "Not compared: float8 rows of torchtitan, offload rows of DeepSpeed (a V100 host of unknown speed), rows of "
         "palm_mfu without a layout, bisection and file-system rows of megatron_sc21_scalars.",

@@ -1,0 +1,391 @@
+"""`tozan plan`: the best layouts of a model on a machine, and what training with them takes.
+
+Answers "how long on these nodes", or, turned round, "how many nodes for this deadline or budget".
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tozan.config import presets
+from tozan.config.schema import Model
+from tozan.errors import Problem, UserError
+from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
+from tozan.planner import costs, show, stacks
+from tozan.planner.candidates import OFFLOAD, RECOMPUTE, Candidates
+from tozan.planner.intervals import bounds
+from tozan.planner.layer import Job
+from tozan.planner.machine import Machine, Precision, load
+from tozan.planner.memory import by_block, memory
+from tozan.planner.published import shape_of
+from tozan.planner.search import Found, Options, search
+
+DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layout with its price.
+
+    Attributes:
+        layout: its properties by name, as in `Candidates`, with `recompute` and `offload` as words.
+        devices: devices it uses.
+        seconds: of one step.
+        low: lower end of the 80% interval of `seconds`.
+        high: upper end.
+        parts: seconds of a step by what they are spent on.
+        memory: bytes on the fullest device by category.
+        flops: achieved model FLOP/s of one device.
+        peak_share: that over the nominal peak at the run's precision (MFU).
+        days: whole run, failures and checkpoints included.
+        overhead: share of the run lost to failures and checkpoints.
+        checkpoint_minutes: best interval between checkpoints (Young/Daly).
+        megawatt_hours: energy, where the machine file says what a device draws.
+        cost: money, where the machine file has a price.
+    """
+
+    layout: dict[str, Any]
+    devices: int
+    seconds: float
+    low: float
+    high: float
+    parts: dict[str, float]
+    memory: dict[str, float]
+    flops: float
+    peak_share: float
+    days: float
+    overhead: float
+    checkpoint_minutes: float
+    megawatt_hours: float | None
+    cost: float | None
+
+
+@dataclass
+class Plan:
+    """What `plan` found.
+
+    Attributes:
+        model: name or path as asked.
+        shape: its sizes.
+        machine: what it is planned for.
+        nodes: nodes given, or found for a deadline or budget.
+        tokens: tokens of the whole run.
+        global_batch: samples of one step.
+        precision: compute type.
+        stack: trainer that is supposed to run it.
+        steps: optimizer steps.
+        choices: best first; if nothing fits in memory, those nearest to fitting.
+        fits: whether `choices` fit.
+        tried: layouts priced.
+        elapsed: seconds the search took.
+        advice: sentences: why the runner-up lost, what to change if nothing fits, what the config cannot say.
+        blocks: memory by block of the best choice.
+        curve: for a sweep, one entry per number of nodes.
+        text: the answer for a terminal.
+    """
+
+    model: str
+    shape: Shape
+    machine: Machine
+    nodes: int
+    tokens: float
+    global_batch: int
+    precision: Precision
+    stack: str
+    steps: int
+    choices: list[Choice]
+    fits: bool
+    tried: int
+    elapsed: float
+    advice: list[str] = field(default_factory=list)
+    blocks: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    text: str = ""
+
+    def html(self) -> str:
+        """The same answer as a self-contained HTML page."""
+        return show.html(self)
+
+    def config(self) -> str:
+        """A config for `tozan train`, with what it cannot say as comments."""
+        return show.config(self)
+
+    def launch(self) -> str:
+        """A script that starts it."""
+        return show.launch(self)
+
+
+def plan(
+    model: str,
+    machine: str,
+    nodes: int | None = None,
+    tokens: float | None = None,
+    *,
+    global_batch: int | None = None,
+    precision: Precision | None = None,
+    stack: str = "tozan",
+    deadline: float | None = None,
+    budget: float | None = None,
+    sweep: str | None = None,
+    options: Options | None = None,
+) -> Plan:
+    """Find the best layouts.
+
+    Args:
+        model: a preset, the path of a config, or a size such as `175B` (a GPT of about that many parameters).
+        machine: a machine that tozan ships, or the path of a machine file.
+        nodes: nodes to use; may be left out with `deadline` or `budget`. Default then: all.
+        tokens: tokens to train on; default 20 per parameter (Hoffmann et al., arXiv 2203.15556).
+        global_batch: samples of a step; default 0.5, 1 or 4 Mi tokens for models under 1B, 10B or larger.
+        precision: compute type; default the fastest of the machine that trains well: bf16 unless no faster than fp32.
+        stack: the trainer, one of `stacks.STACKS`.
+        deadline: days; finds the fewest nodes that meet it.
+        budget: money; finds the nodes that finish soonest within it.
+        sweep: `strong` (same batch) or `weak` (batch grows with the nodes): also price a row of node counts.
+        options: what the search may use.
+
+    Raises:
+        UserError: anything asked that does not exist or cannot be, all at once.
+    """
+    found_machine = load(machine)
+    shape = find_shape(model)
+    _check(found_machine, nodes, stack, deadline, budget, sweep)
+    peak = found_machine.device.peak
+    precision = precision or ("bf16" if peak["bf16"] > peak["fp32"] else "fp32")
+    tokens = tokens or 20.0 * parameters(shape)
+    batch = global_batch or default_batch(shape)
+    job = Job(shape, found_machine, stacks.STACKS[stack], batch, precision)
+    result = Plan(model, shape, found_machine, 0, tokens, batch, precision, stack, 0, [], True, 0, 0.0)
+    result.steps = int(-(-tokens // (batch * shape.sequence)))
+    if nodes is None and (deadline is not None or budget is not None):
+        nodes = _turned_round(result, job, deadline, budget, options)
+    _fill(result, job, nodes or found_machine.nodes, options)
+    if sweep:
+        result.curve = scaling(result, job, sweep, options)
+    result.text = show.text(result)
+    return result
+
+
+def find_shape(model: str) -> Shape:
+    """The sizes of a preset, of a config's `[model]` table, or of a GPT of about a given size.
+
+    Raises:
+        UserError: none of these.
+    """
+    if model in presets.names():
+        return resolve(Model(**presets.preset(model)), 50304)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)([MBT])", model, re.IGNORECASE)
+    if size:
+        billions = float(size[1]) * {"m": 1e-3, "b": 1.0, "t": 1e3}[size[2].lower()]
+        return shape_of(billions, 2048, 51200)
+    path = Path(model)
+    if path.is_file():
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8")).get("model", {})
+            keys = presets.preset(table["preset"]) if "preset" in table else {}
+            return resolve(Model(**(keys | table)), 50304)
+        except (ValueError, KeyError) as error:
+            raise UserError(Problem(str(path), f"not a config with a [model] table: {error}")) from None
+    fix = f"one of {', '.join(presets.names())}; a config's path; or a size such as 13B"
+    raise UserError(Problem("MODEL", f"no preset and no file is called {model!r}", fix))
+
+
+def default_batch(shape: Shape) -> int:
+    """Samples of a step: 0.5, 1 or 4 Mi tokens by size, after GPT-3's table 2.1 (arXiv 2005.14165)."""
+    size = parameters(shape)
+    tokens = 2**19 if size < 1e9 else 2**20 if size < 1e10 else 2**22
+    return max(1, tokens // shape.sequence)
+
+
+def scaling(result: Plan, job: Job, kind: str, options: Options | None = None) -> list[dict[str, float]]:
+    """Best step time for a row of node counts, by factors of two up to the plan's own.
+
+    Args:
+        result: the plan whose nodes end the row.
+        job: its job.
+        kind: `strong` keeps the batch; `weak` gives each node count its share of it.
+        options: what the search may use.
+    """
+    rows: list[dict[str, float]] = []
+    for nodes in _powers(result.nodes):
+        batch = job.global_batch if kind == "strong" else max(1, round(job.global_batch * nodes / result.nodes))
+        one = Job(job.shape, job.machine, job.stack, batch, job.precision)
+        found = search(one, nodes * job.machine.node.devices, options, keep=1)
+        if not found.fitting:
+            continue
+        seconds, devices = float(found.seconds[0]), int(found.candidates.ranks[0])
+        rate = model_flops(job.shape) * batch / seconds
+        row = {"nodes": nodes, "seconds": seconds, "global_batch": batch, "flops_per_device": rate / devices}
+        rows.append({key: float(value) for key, value in row.items()} | {"flops": rate})
+    for row in rows:
+        row["efficiency"] = row["flops_per_device"] / rows[0]["flops_per_device"]
+    return rows
+
+
+def failures(machine: Machine, shape: Shape, devices: int) -> tuple[float, float]:
+    """Share of a run lost to failures and checkpoints, and seconds between checkpoints.
+
+    Daly's first-order optimum (FGCS 2006, after Young 1974): every √(2 δ M) seconds, δ the time to write one, M the
+    mean time between failures of all nodes. Lost: writing, half an interval and a restart per failure. A
+    background writer hides part of δ; this is the pessimistic side.
+    """
+    economy = machine.economy
+    nodes = max(1, devices // machine.node.devices)
+    between = economy.node_mtbf_hours * 3600 / nodes
+    write = 12 * parameters(shape) / min(nodes * economy.storage_bandwidth, economy.storage_total)
+    interval = sqrt(2 * write * between)
+    return write / interval + (interval / 2 + economy.restart_seconds) / between, interval
+
+
+def _check(
+    machine: Machine, nodes: int | None, stack: str, deadline: float | None, budget: float | None, sweep: str | None
+) -> None:
+    """Refuse what cannot be, all at once."""
+    problems = []
+    if nodes is not None and not 1 <= nodes <= machine.nodes:
+        problems.append(Problem("--nodes", f"{nodes} is outside 1 … {machine.nodes}, the nodes of {machine.name}"))
+    if stack not in stacks.STACKS:
+        problems.append(Problem("--stack", f"no stack is called {stack!r}", f"one of {', '.join(stacks.STACKS)}"))
+    if sweep not in (None, "strong", "weak"):
+        problems.append(Problem("--sweep", f"{sweep!r} is no kind of scaling", "strong or weak"))
+    for name, value in (("--deadline", deadline), ("--budget", budget)):
+        if value is not None and value <= 0:
+            problems.append(Problem(name, f"{value} is not above 0"))
+    if budget is not None and machine.economy.price is None:
+        problems.append(Problem("--budget", f"{machine.name} has no price", "set economy.price in the machine file"))
+    if problems:
+        raise UserError(*problems)
+
+
+def _powers(limit: int) -> list[int]:
+    """1, 2, 4 … and the limit itself."""
+    return sorted({2**k for k in range(limit.bit_length()) if 2**k <= limit} | {limit})
+
+
+def _turned_round(result: Plan, job: Job, deadline: float | None, budget: float | None, options: Options | None) -> int:
+    """The fewest nodes that meet a deadline (and the budget), or the soonest finish within the budget."""
+    best: tuple[float, int] | None = None
+    rows = []
+    for nodes in _powers(job.machine.nodes):
+        found = search(job, nodes * job.machine.node.devices, options, keep=1)
+        if not found.fitting:
+            continue
+        choice = _choice(result, job, found, 0)
+        rows.append((nodes, choice))
+        if budget is not None and (choice.cost is None or choice.cost > budget):
+            continue
+        if deadline is not None and choice.days > deadline:
+            continue
+        key = float(nodes) if deadline is not None else choice.days
+        if best is None or key < best[0]:
+            best = (key, nodes)
+    if best is None:
+        tried = "; ".join(f"{nodes} nodes: {c.days:.3g} days" + _money(result, c) for nodes, c in rows[-4:])
+        raise UserError(Problem("--deadline / --budget", f"no number of nodes does it: {tried or 'nothing fits'}"))
+    if deadline is not None and best[1] > 1:
+        return _narrow(result, job, int(best[1]), deadline, budget, options)
+    return best[1]
+
+
+def _narrow(result: Plan, job: Job, nodes: int, deadline: float, budget: float | None, options: Options | None) -> int:
+    """Between half of `nodes` and `nodes`, the fewest of eight steps that still meet the deadline."""
+    for count in np.unique(np.linspace(nodes // 2, nodes, 9).astype(int))[1:-1]:
+        found = search(job, int(count) * job.machine.node.devices, options, keep=1)
+        if found.fitting:
+            choice = _choice(result, job, found, 0)
+            if choice.days <= deadline and (budget is None or (choice.cost or 0) <= budget):
+                return int(count)
+    return nodes
+
+
+def _money(result: Plan, choice: Choice) -> str:
+    """What a choice costs, as words."""
+    return "" if choice.cost is None else f", {choice.cost:,.0f} {result.machine.economy.currency}"
+
+
+def _fill(result: Plan, job: Job, nodes: int, options: Options | None) -> None:
+    """Search on `nodes` and put the answer into `result`."""
+    found = search(job, nodes * job.machine.node.devices, options, keep=400)
+    if not found.tried:
+        raise UserError(
+            Problem(
+                "--nodes", f"no layout of {result.model} uses {nodes} nodes", "fewer nodes or a larger global batch"
+            )
+        )
+    result.nodes, result.tried, result.elapsed, result.fits = nodes, found.tried, found.elapsed, found.fitting > 0
+    result.choices = [_choice(result, job, found, index) for index in _different(found.candidates)]
+    result.blocks = by_block(job, found.candidates, 0)
+    result.advice = _advice(result, job)
+
+
+def _different(c: Candidates, count: int = 5) -> Sequence[int]:
+    """The best candidate of each of the first few meshes."""
+    seen: dict[tuple[int, ...], int] = {}
+    for index, one in enumerate(c):
+        seen.setdefault(tuple(one[name] for name in ("pp", "dp", "cp", "tp", "grid", "depth")), index)
+        if len(seen) == count:
+            break
+    return list(seen.values())
+
+
+def _choice(result: Plan, job: Job, found: Found, index: int) -> Choice:
+    """The price of one found candidate."""
+    c = found.candidates.pick([index])
+    cost, held = costs.step(job, c), memory(job, c)
+    seconds, devices = float(cost.seconds[0]), int(c.ranks[0])
+    layout: dict[str, Any] = c.one(0)
+    layout["recompute"], layout["offload"] = RECOMPUTE[layout["recompute"]], OFFLOAD[layout["offload"]]
+    flops = model_flops(job.shape) * job.global_batch / seconds / devices
+    overhead, interval = failures(job.machine, job.shape, devices)
+    days = result.steps * seconds * (1 + overhead) / DAY
+    economy = job.machine.economy
+    energy = economy.watts and economy.watts * economy.overhead * devices * days * 24 / 1e6
+    low, high = bounds(job.machine, seconds, measured=job.stack.measured)
+    return Choice(
+        layout,
+        devices,
+        seconds,
+        low,
+        high,
+        {name: float(value[0]) for name, value in cost.parts.items()},
+        {name: float(np.broadcast_to(value, 1)[0]) for name, value in held.parts.items()},
+        flops,
+        flops / job.machine.device.peak[job.precision],
+        days,
+        overhead,
+        interval / 60,
+        energy,
+        economy.price and economy.price * devices * days * 24,
+    )
+
+
+def _advice(result: Plan, job: Job) -> list[str]:
+    """Why the runner-up lost; what to do if nothing fits."""
+    best = result.choices[0]
+    if not result.fits:
+        need, have = sum(best.memory.values()) / 1e9, job.machine.device.memory / 1e9
+        largest = max((k for k in best.memory if k != "reserve"), key=lambda k: best.memory[k])
+        return [
+            f"Nothing fits: the nearest layout needs {need:.1f} of {have:.1f} GB per device, most of it {largest} "
+            f"({best.memory[largest] / 1e9:.1f} GB). More nodes shard it further; so does a smaller model or batch."
+        ]
+    advice = []
+    if len(result.choices) > 1:
+        other = result.choices[1]
+        gap = other.seconds - best.seconds
+        changes = sorted(((other.parts[k] - best.parts[k], k) for k in best.parts), reverse=True)
+        worse = [f"{delta:+.3g} s {name}" for delta, name in changes[:2] if delta > 0.02 * abs(gap)]
+        better = [f"{delta:+.3g} s {name}" for delta, name in changes[-1:] if delta < -0.02 * abs(gap)]
+        advice.append(f"The runner-up ({show.name(other)}) loses {gap:.3g} s a step: {', '.join(worse + better)}.")
+    used, given = best.devices, result.nodes * job.machine.node.devices
+    if used < given:
+        advice.append(f"It uses {used:,} of {given:,} devices: no layout that divides evenly does better with more.")
+    return advice

@@ -1,0 +1,209 @@
+"""A plan as text, HTML, config and launch script."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tozan.config.schema import Layout as LayoutTable
+from tozan.models.arithmetic import parameters
+
+if TYPE_CHECKING:
+    from tozan.planner.plan import Choice, Plan
+
+
+def name(choice: Choice) -> str:
+    """A layout in one line: `pp8 dp32 tp4, micro-batch 1, interleaved ×6, ZeRO-1, recompute selective`."""
+    one = choice.layout
+    words = [" ".join(f"{axis}{one[axis]}" for axis in ("pp", "dp", "cp", "tp") if one[axis] > 1) or "one device"]
+    if one["grid"]:
+        words[0] += f" ({one['grid']}×{one['grid']}" + (f"×{one['depth']})" if one["depth"] > 1 else ")")
+    words.append(f"micro-batch {one['micro_batch']}")
+    if one["chunks"] > 1:
+        words.append(f"interleaved ×{one['chunks']}")
+    if one["zero_bubble"]:
+        words.append("zero-bubble")
+    if one["zero"]:
+        words.append(f"ZeRO-{one['zero']}")
+    if one["sequence_parallel"]:
+        words.append("sequence parallel")
+    if one["recompute"] != "none":
+        words.append(f"recompute {one['recompute']}")
+    if one["offload"] != "none":
+        words.append(f"optimizer in {one['offload']}")
+    return ", ".join(words)
+
+
+def render(plan: Plan) -> Group:
+    """The plan as Rich renderables."""
+    shape, machine = plan.shape, plan.machine
+    head = (
+        f"{plan.model}: {parameters(shape) / 1e9:.3g}B parameters, {plan.tokens / 1e9:.4g}B tokens, "
+        f"{plan.steps:,} steps of {plan.global_batch:,} × {shape.sequence:,} tokens, {plan.precision}, {plan.stack}\n"
+        f"{machine.name}: {plan.nodes:,} nodes, {plan.nodes * machine.node.devices:,} devices of "
+        f"{machine.device.peak[plan.precision] / 1e12:.4g} TFLOP/s and {machine.device.memory / 1e9:.0f} GB\n"
+    )
+    parts: list[RenderableType] = [Text(head), _choices(plan), _breakdown(plan)]
+    if plan.curve:
+        parts.append(_curve(plan))
+    notes = [*plan.advice, _overheads(plan)]
+    notes.append(f"Priced {plan.tried:,} layouts in {plan.elapsed:.2f} s.")
+    parts.append(Text("\n".join(["", *notes])))
+    return Group(*parts)
+
+
+def text(plan: Plan, width: int = 118) -> str:
+    """The plan for a terminal, without colours."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(render(plan))
+    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+
+
+def html(plan: Plan) -> str:
+    """The plan as a self-contained page."""
+    console = Console(file=io.StringIO(), width=130, record=True)
+    console.print(render(plan))
+    return console.export_html(inline_styles=True)
+
+
+def _choices(plan: Plan) -> Table:
+    """The best layouts, one per line."""
+    title = "Best layouts" if plan.fits else "Nothing fits; nearest layouts"
+    table = Table(title=title, title_justify="left")
+    table.add_column("layout", ratio=1)
+    for column in (
+        "s/step",
+        "80% interval",
+        "TFLOP/s",
+        "% peak",
+        "days",
+        "GB/device",
+        "MWh",
+        plan.machine.economy.currency,
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for choice in plan.choices:
+        table.add_row(
+            name(choice),
+            f"{choice.seconds:.3g}",
+            f"{choice.low:.3g}–{choice.high:.3g}",
+            f"{choice.flops / 1e12:.3g}",
+            f"{choice.peak_share:.1%}",
+            f"{choice.days:.3g}",
+            f"{sum(choice.memory.values()) / 1e9:.1f}",
+            "–" if choice.megawatt_hours is None else f"{choice.megawatt_hours:,.3g}",
+            "–" if choice.cost is None else f"{choice.cost:,.0f}",
+        )
+    return table
+
+
+def _breakdown(plan: Plan) -> Table:
+    """Where the best layout's seconds and bytes go."""
+    best = plan.choices[0]
+    table = Table(title="Where the first one's step and memory go", title_justify="left")
+    for column, justify in (("seconds", "left"), ("", "right"), ("%", "right"), ("bytes", "left"), ("GB", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    times = [(key, value) for key, value in best.parts.items() if abs(value) > 0.001 * best.seconds]
+    sizes = list(best.memory.items())
+    for row in range(max(len(times), len(sizes))):
+        left = ("", "", "")
+        if row < len(times):
+            key, value = times[row]
+            left = (key, f"{value:.3g}", f"{value / best.seconds:.1%}")
+        right = (sizes[row][0], f"{sizes[row][1] / 1e9:.2f}") if row < len(sizes) else ("", "")
+        table.add_row(*left, *right)
+    return table
+
+
+def _curve(plan: Plan) -> Table:
+    """The sweep over node counts."""
+    table = Table(title="Scaling", title_justify="left")
+    for column in ("nodes", "global batch", "s/step", "PFLOP/s", "TFLOP/s per device", "efficiency"):
+        table.add_column(column, justify="right")
+    for row in plan.curve:
+        table.add_row(
+            f"{row['nodes']:,.0f}",
+            f"{row['global_batch']:,.0f}",
+            f"{row['seconds']:.3g}",
+            f"{row['flops'] / 1e15:.4g}",
+            f"{row['flops_per_device'] / 1e12:.3g}",
+            f"{row['efficiency']:.0%}",
+        )
+    return table
+
+
+def _overheads(plan: Plan) -> str:
+    """Conventions and overheads in words."""
+    best = plan.choices[0]
+    return (
+        f"Days include {best.overhead:.1%} for failures and checkpoints every {best.checkpoint_minutes:.0f} min "
+        "(Young/Daly). TFLOP/s: model FLOPs per device, recomputation not counted; % of the nominal "
+        f"{plan.precision} peak. Interval: from the errors on this machine's calibration rows, or assumed."
+    )
+
+
+def config(plan: Plan) -> str:
+    """A config for `tozan train`, complete as far as its schema goes; the rest of the layout as comments."""
+    best, shape = plan.choices[0], plan.shape
+    one = best.layout
+    fields = {"data": "dp", "pipeline": "pp", "context": "cp", "tensor": "tp", "zero": "zero"}
+    known = {key: axis for key, axis in fields.items() if key in LayoutTable.model_fields}
+    unsaid = [axis for key, axis in fields.items() if key not in known and one[axis] > (0 if axis == "zero" else 1)]
+    model = [f"{key} = {_toml(getattr(shape, key))}" for key in _MODEL_KEYS]
+    accumulate = plan.global_batch // (one["dp"] * one["micro_batch"])
+    lines = [
+        f"# {plan.model} on {plan.machine.name}, {plan.nodes} nodes: {name(best)}",
+        f"# predicted: {best.seconds:.3g} s a step ({best.low:.3g} to {best.high:.3g}), {best.days:.3g} days",
+    ]
+    if unsaid:
+        lines.append(
+            f"# this layout also needs {', '.join(f'{a}{one[a]}' for a in unsaid)}, which the config cannot say yet"
+        )
+    lines += ["version = 1", "", "[run]", f'folder = "runs/{re.sub(r"[^A-Za-z0-9.-]+", "-", plan.model)}"', ""]
+    lines += ["[model]", *model, "", "[data]", 'path = "data"', "", "[layout]"]
+    lines += [f"{key} = {one[axis]}" for key, axis in known.items()]
+    lines += [
+        "",
+        "[train]",
+        f"steps = {plan.steps}",
+        f"micro_batch = {one['micro_batch']}",
+        f"accumulate = {accumulate}",
+    ]
+    lines += [f'precision = "{plan.precision}"', f'recompute = "{one["recompute"]}"', "", "[checkpoint]"]
+    every = max(1, round(best.checkpoint_minutes * 60 / best.seconds))
+    return "\n".join([*lines, f"every = {every}", ""])
+
+
+_MODEL_KEYS = ("family", "layers", "width", "heads", "kv_heads", "mlp_width", "vocabulary", "sequence", "tied")
+
+
+def _toml(value: object) -> str:
+    """A scalar as TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def launch(plan: Plan) -> str:
+    """A job script: PJM for Fugaku, Slurm elsewhere."""
+    per_node, best = plan.machine.node.devices, plan.choices[0]
+    nodes = -(-best.devices // per_node)
+    hours = int(min(24, best.days * 24 * best.high / best.seconds) + 1)
+    run = "python -m tozan train plan.toml"
+    if "Fugaku" in plan.machine.name:
+        head = [
+            f'#PJM -L "node={nodes}"',
+            f'#PJM -L "elapse={hours}:00:00"',
+            f'#PJM --mpi "proc={best.devices}"',
+            "#PJM -S",
+        ]
+        start = f"mpiexec -n {best.devices} {run}"
+    else:
+        head = [f"#SBATCH --nodes={nodes}", f"#SBATCH --ntasks-per-node={per_node}", f"#SBATCH --time={hours}:00:00"]
+        start = f"srun {run}"
+    return "\n".join(["#!/bin/bash", *head, "set -euo pipefail", start, ""])

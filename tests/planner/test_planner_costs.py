@@ -1,0 +1,134 @@
+"""Costs: closed forms against the replayed schedule, kernels and collectives against their laws."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tozan import schedules
+from tozan.models.arithmetic import Shape, hardware_flops, model_flops
+from tozan.planner import collectives, costs, kernels, layer, stacks
+from tozan.planner.candidates import candidates
+from tozan.planner.layer import Job
+from tozan.planner.machine import load
+from tozan.planner.published import gpt
+
+A100 = load("a100-80")
+
+
+def job(shape=None, batch=64, stack=stacks.MEGATRON_2021, machine=A100):
+    return Job(shape or gpt(2048, 24, 16, 1024), machine, stack, batch)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([1, 2, 3, 4, 6, 8]), st.sampled_from([1, 2, 3]), st.sampled_from([8, 16, 24]), st.booleans())
+def test_pipeline_closed_form_is_the_replayed_schedule(pp, chunks, packs, zero_bubble):
+    """Even stages, the head on the last: `costs.step` agrees with the clock of `schedules.replay`."""
+    chunks = 1 if pp == 1 or zero_bubble else chunks
+    microbatches = pp * packs
+    priced = job(gpt(2048, 48, 16, 1024), microbatches)
+    if 48 % (pp * chunks):
+        return
+    c = candidates(pp=pp, chunks=chunks, zero_bubble=int(zero_bubble and pp > 1), recompute="none")
+    stage = costs.stages(priced, c)
+    name = "zero-bubble" if zero_bubble and pp > 1 else "interleaved" if chunks > 1 else "1f1b"
+    schedule = schedules.create(name, pp, microbatches, chunks)
+    forward, backward, weights, head, table = (
+        float(np.broadcast_to(x, 1)[0])
+        for x in (stage.forward, stage.backward, stage.weights, stage.head, stage.embedding)
+    )
+
+    def seconds(s, action):
+        last = s == pp - 1 and action.chunk == chunks - 1
+        first = s == 0 and action.chunk == 0
+        whole = {"forward": forward, "backward": backward, "backward_input": backward - weights}
+        extra = {"forward": (head * last + table * first) / 2}.get(action.kind, 0.0)
+        if action.kind in ("backward", "backward_input"):
+            extra = (head * last + table * first) / 2
+        return whole.get(action.kind, weights) / chunks + extra
+
+    moved = float(np.broadcast_to(costs._message(priced, c), 1)[0])
+    replayed = max(step.end for step in schedules.replay(schedule, seconds, lambda *_: moved))
+    cost = costs.step(priced, c)
+    closed = float(cost.seconds[0] - cost.parts["data"][0] - cost.parts["optimizer"][0])
+    assert closed == pytest.approx(replayed, rel=0.06)
+
+
+def test_parts_sum_to_the_step():
+    c = candidates(pp=[1, 2, 4], dp=[8, 4, 2], tp=[1, 2, 4], micro_batch=2, recompute="full", zero=[0, 1, 0])
+    cost = costs.step(job(), c)
+    assert sum(cost.parts.values()) == pytest.approx(cost.seconds)
+    assert all((value >= -1e-9).all() for value in cost.parts.values())
+
+
+def test_a_row_of_candidates_costs_what_each_costs_alone():
+    values = {"pp": [1, 2, 4, 8], "dp": [8, 4, 2, 1], "tp": [1, 2, 2, 4], "micro_batch": [1, 2, 1, 4], "recompute": 2}
+    together = costs.step(job(), candidates(**values)).seconds
+    for index in range(4):
+        one = {key: value[index] if isinstance(value, list) else value for key, value in values.items()}
+        assert costs.step(job(), candidates(**one)).seconds[0] == pytest.approx(together[index])
+
+
+def test_gemm_is_bounded_by_peak_and_bandwidth():
+    device = A100.device
+    for m, n, k in [(8192, 8192, 8192), (1, 4096, 4096), (100, 64, 64), (4096, 4096, 1)]:
+        seconds = float(kernels.gemm(device, "bf16", m, n, k))
+        assert seconds >= 2 * m * n * k / device.peak["bf16"]
+        assert seconds >= 2 * (m * k + k * n + m * n) / device.bandwidth
+
+
+def test_gemm_has_waves():
+    """One tile more than the units hold starts a new wave."""
+    device = A100.device
+    columns = 128 * device.gemm.units // 2
+    full = float(kernels.gemm(device, "bf16", 512, columns, 8192))
+    more = float(kernels.gemm(device, "bf16", 512 + 128, columns, 8192))
+    assert more / full > 1.25
+
+
+@given(st.integers(2, 512), st.floats(1e3, 1e10))
+def test_all_reduce_is_reduce_scatter_and_all_gather(size, moved):
+    whole = float(collectives.all_reduce(A100, moved, size, 1))
+    halves = 2 * float(collectives.all_gather(A100, moved, size, 1))
+    assert 0 < whole <= halves * 1.2 + 1e-3
+    assert whole >= 2 * (size - 1) / size * moved / A100.node.bandwidth
+
+
+def test_groups_of_one_are_free():
+    for operation in (collectives.all_reduce, collectives.all_gather, collectives.broadcast):
+        assert float(operation(A100, 1e9, 1, 1)) == 0
+
+
+def test_a_linear_rank_map_on_a_torus_is_slower_for_strided_groups():
+    fugaku = load("fugaku-2.0")
+    linear = fugaku.changed(network={"rank_map": "linear"})
+    strided = [float(collectives.all_reduce(machine, 1e9, 64, 48)) for machine in (fugaku, linear)]
+    assert strided[1] > 4 * strided[0]
+    neighbours = [float(collectives.all_reduce(machine, 1e9, 64, 1)) for machine in (fugaku, linear)]
+    assert neighbours[0] == neighbours[1]
+
+
+def test_recomputation_repeats_the_forward_pass():
+    priced = job()
+    none, full = (costs.step(priced, candidates(recompute=kind)).parts for kind in ("none", "full"))
+    block = layer.block(priced, candidates())
+    forward = float(block.forward["matrix"][0]) * priced.shape.layers * priced.global_batch
+    assert float(full["matrix"][0] - none["matrix"][0]) == pytest.approx(forward)
+    assert hardware_flops(priced.shape, "full") > model_flops(priced.shape)
+
+
+def test_grids_move_less_than_flat_tensor_parallelism_on_many_ranks():
+    """Tesseract's claim (arXiv 2105.14500): 2.5D beats 1D in communication where the group is large."""
+    shape = Shape("gpt2", 4, 16384, 64, 64, 65536, 51200, 2048)
+    fugaku = load("fugaku-2.0")
+    priced = Job(shape, fugaku, stacks.TOZAN, 64, "fp32")
+    flat = costs.step(priced, candidates(tp=64, micro_batch=16)).parts["tensor"]
+    cube = costs.step(priced, candidates(tp=64, grid=4, depth=4, micro_batch=16)).parts["tensor"]
+    assert float(cube[0]) < float(flat[0])
+
+
+def test_noise_saturates_at_one_delay_per_synchronisation():
+    noisy = A100.changed(noise={"rate": 1.0, "delay": 0.5})
+    priced = job(batch=64, machine=noisy)
+    noise = float(costs.step(priced, candidates(dp=64)).parts["noise"][0])
+    assert 0 < noise <= 0.5
