@@ -10,8 +10,9 @@ Per token and block of width D, bf16 autocast over fp32, GPT-2 with F = 4D: `non
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +44,12 @@ def apply(model: nn.Module, mode: Mode) -> None:
         for path in again[mode]:
             owner, method = _find(block, path)
             # A partial over a bound method, unlike a closure, follows its module through copy.deepcopy.
-            owner.__dict__[method] = partial(checkpoint, getattr(owner, method), use_reentrant=False)
+            owner.__dict__[method] = partial(_repeated, getattr(owner, method))
+
+
+def _repeated(method: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls `method` so that backward calls it again; a function of its own because torch.compile skips torch's."""
+    return checkpoint(method, *arguments, use_reentrant=False)
 
 
 def _find(block: nn.Module, path: str) -> tuple[nn.Module, str]:
