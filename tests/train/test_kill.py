@@ -83,7 +83,7 @@ def kill(process: int, run: Path, aim: str, chance: random.Random) -> None:
     if aim == "save":
         leftovers = set(staged(run))
         wait_until(lambda: set(staged(run)) - leftovers, process)
-        time.sleep(chance.uniform(0, 0.004))
+        time.sleep(chance.uniform(0, 0.002))
     else:
         time.sleep(chance.uniform(0, 0.05))
     os.kill(process, signal.SIGKILL)
