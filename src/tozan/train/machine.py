@@ -40,7 +40,7 @@ def prepare(threads: int, deterministic: bool) -> None:
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     torch.use_deterministic_algorithms(deterministic)
     # Filling fresh memory with NaN is a debugging aid of that mode; it would double the memory traffic.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

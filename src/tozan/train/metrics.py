@@ -81,16 +81,16 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise _not_installed("metrics.tensorboard", "tensorboard") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, record: Record) -> None:
         """Write every finite number of the record under its kind."""
         for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class Wandb:
