@@ -122,7 +122,7 @@ def data_table(found: History) -> Table:
             size = words.scaled(amount.get("bytes", 0), "B")
             rows.append((f"{title}: {name}", f"{amount.get('documents', 0):,} documents, {size}"))
     if "corpus_sha256" in manifest:
-        rows.append(("corpus SHA-256", f"{manifest['corpus_sha256'][:16]}…"))
+        rows.append(("corpus SHA-256", f"{manifest['corpus_sha256'][:12]}…"))
     path = found.config.get("data", {}).get("path", "")
     return Table("Data", rows, f"Data set: {path}" if rows and path else "")
 
