@@ -65,8 +65,9 @@ def listed(content: bytes, version: str = "1:2-3", sha256: str | None = None) ->
 
 @pytest.mark.parametrize("kind", PACKERS)
 def test_documents_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
-    (tmp_path / "tozan-doc_1%3a2-3_all.deb").write_bytes(package(kind))
-    monkeypatch.setattr(debian, "packages", lambda: [listed(package(kind))])
+    content = package(kind)
+    (tmp_path / "tozan-doc_1%3a2-3_all.deb").write_bytes(content)
+    monkeypatch.setattr(debian, "packages", lambda: [listed(content)])
     notes = Counter()
     page, web = debian.debian(tmp_path, notes=notes)
     assert page.text == "A(1)\n\nNAME\na - 山\n"

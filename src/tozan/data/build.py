@@ -23,8 +23,8 @@ from tozan.errors import Problem, UserError
 
 BATCH = 2 << 20
 """Characters tokenized at once, on all cores."""
-TOKENIZER_BYTES = 64 << 20
-"""Text from which a tokenizer is trained; more changes little and takes memory."""
+TOKENIZER_BYTES = 16 << 20
+"""Text from which a tokenizer is trained; more changes little, and takes long where words are not set apart."""
 
 Tokens = npt.NDArray[np.uint32]
 
