@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from made_run import make_run
 
 from tozan import report
 
@@ -115,8 +116,6 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    from conftest import make_run
-
     return report.write(make_run(tmp_path_factory.mktemp("run") / "made")).as_uri()
 
 

@@ -9,6 +9,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from made_run import make_run
 
 from tozan import report
 from tozan.errors import UserError
@@ -17,8 +18,6 @@ from tozan.report import figures, history, page
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    from conftest import make_run
-
     folder = make_run(tmp_path_factory.mktemp("run") / "made")
     return report.write(folder).read_text(encoding="utf-8")
 
@@ -102,5 +101,5 @@ def test_the_report_does_not_import_torch():
 
 def test_config_tables_show_each_value_with_its_origin(run_folder):
     tables = {table.title: table.rows for table in page.config_tables(history.read(run_folder(20)))}
-    assert ("steps", "20", "--train.steps") in tables["train"]
-    assert ("lr", "0.0006", "default") in tables["optim"]
+    assert ("steps", "20", "--train.steps") in tables["[train]"]
+    assert ("lr", "0.0006", "default") in tables["[optim]"]

@@ -161,13 +161,13 @@ def machine_table(found: History) -> Table:
 def config_tables(found: History) -> list[Table]:
     """The config as one table per TOML table, each value with its origin where that is known."""
     scalars = {key: value for key, value in found.config.items() if not isinstance(value, dict)}
-    tables = {"top": scalars} | {key: value for key, value in found.config.items() if isinstance(value, dict)}
+    tables = {"": scalars} | {key: value for key, value in found.config.items() if isinstance(value, dict)}
     made = []
     for title, values in tables.items():
-        prefix = "" if title == "top" else f"{title}."
+        prefix = f"{title}." if title else ""
         rows = [(key, _value(value), _origin(found.origins.get(f"{prefix}{key}", ""))) for key, value in values.items()]
         if rows:
-            made.append(Table(title, rows))
+            made.append(Table(f"[{title}]" if title else "the file", rows))
     return made
 
 
