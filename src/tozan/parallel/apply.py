@@ -32,7 +32,7 @@ def apply(
     Every rank calls it with the same whole model (on the meta device, too; then see `fill`), and keeps its piece of
     each parameter: the same global values in every layout. A model with tozan's `output(x, targets)`, `norm`, `embed`
     and `head` gets an output that never gathers logits; an `nn.Linear` of role `vocab` that a model calls as a layer
-    returns all logits.
+    returns all logits. Without tensor parallelism (tp 1) the model stays as it is.
 
     Args:
         model: changed in place.
@@ -51,6 +51,8 @@ def apply(
     problems = check(model, mesh.layout, table, sequence=sequence)
     if problems:
         raise UserError(*problems)
+    if mesh.layout.tp == 1:
+        return {name: Placement.whole(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     scheme = create(mesh, sequence)
     placements: dict[nn.Parameter, Placement] = {}
     pieces: dict[nn.Parameter, nn.Parameter] = {}
@@ -175,9 +177,9 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def _bind_output(model: nn.Module, scheme: Scheme, placements: Mapping[str, Placement]) -> None:
     """Put the scheme's output in front of the class's own, on models that keep tozan's names."""
-    parts = all(isinstance(getattr(model, part, None), nn.Module) for part in ("embed", "norm"))
-    if parts and isinstance(getattr(type(model), "output", None), FunctionType):
-        head = "embed.weight" if getattr(model, "head", None) is None else "head.weight"
+    head = "embed.weight" if getattr(model, "head", None) is None else "head.weight"
+    normed = isinstance(getattr(model, "norm", None), nn.Module)
+    if normed and head in placements and isinstance(getattr(type(model), "output", None), FunctionType):
         vocabulary = placements[head].global_shape[0]
         model.output = partial(_output, model, scheme, vocabulary)  # type: ignore[assignment]
 

@@ -174,7 +174,7 @@ class Pipeline:
         self._gradients = WeightGradients()
         if any(action.kind == "backward_weight" for action in schedule.actions[self.stage]):
             self._gradients.bind(model)
-        blocks = dict(model.blocks.named_children())  # type: ignore[union-attr, operator]
+        blocks = dict(model.blocks.named_children())  # type: ignore[union-attr]
         self._chunks = [[blocks[str(number)] for number in piece] for piece in layers[self.stage]]
         self._is_tied = part.tied
         self._merge = separate_head(model) if axis.size == 1 else lambda: None
@@ -243,7 +243,7 @@ class Pipeline:
         """A chunk's output: of tokens or activations, activations or the summed loss."""
         with self._autocast():
             if self.first(chunk):
-                x = self.model.embed_tokens(x)
+                x = self.model.embed_tokens(x)  # type: ignore[operator]
             for block in self._chunks[chunk]:
                 x = block(x)
             return self.model.output(x, targets) if self.last(chunk) else x  # type: ignore[operator]
