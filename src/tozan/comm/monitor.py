@@ -81,13 +81,16 @@ class Monitor:
         self._thread.start()
         return self
 
-    def stop(self) -> None:
-        """Say goodbye and stop watching; the others go on without this rank."""
+    def stop(self, reason: str = "") -> None:
+        """Say goodbye and stop watching; whoever waits for this rank afterwards hears the reason."""
         if not self._stopped.is_set():
             self._stopped.set()
             self._thread.join()
             try:
-                self._store.set(f"beat/{self.rank}", json.dumps({"n": -1}))
+                self._store.set(
+                    f"beat/{self.rank}",
+                    json.dumps({"n": -1, "doing": f"left the run ({reason})" if reason else "left the run"}),
+                )
             except RuntimeError:  # rank 0 and its store have left before us, which is no one's concern any more
                 return
 
@@ -154,7 +157,12 @@ class Monitor:
                 lost.append(rank)
         if lost:
             return _lost_message(lost, beats, self._lost_after)
-        hung = [rank for rank, beat in enumerate(beats) if beat.get("seconds", 0.0) > self._hang_after]
+        left = {rank for rank, beat in enumerate(beats) if beat["n"] < 0}
+        hung = []
+        for rank, beat in enumerate(beats):
+            patience = 2 * self._interval if left & set(beat.get("ranks", ())) else self._hang_after
+            if beat.get("seconds", 0.0) > patience:
+                hung.append(rank)
         return _hang_message(hung, beats) if hung else None
 
 
@@ -189,7 +197,7 @@ def _hang_message(hung: list[int], beats: list[dict[str, Any]]) -> str:
             if beats[other]["n"] < 0 or beats[other].get("started", {}).get(axis, 0) <= sequence
         ]
         if late:
-            doing = beats[late[0]].get("doing", "has left the run")
+            doing = beats[late[0]]["doing"]
             return (
                 f"hang: {_names(late)} did not come. Everyone waited for {beat['seconds']:.0f} s in {beat['doing']}; "
                 f"rank {late[0]}: {doing}."

@@ -1,0 +1,127 @@
+"""Joining the job: from a started process to a mesh of ranks.
+
+    with launch.join(layout) as mesh:      # refuses a layout that the job does not have the ranks for
+        ...                                # train over mesh["dp"], ...
+
+Every rank finds its place in the launcher's environment, picks the interface that leads to rank 0, binds itself to its
+cores and starts the heartbeat. If a peer is lost, every process ends with one message (see `monitor`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from tozan.comm import binding
+from tozan.comm.collectives import CommunicationError
+from tozan.comm.ledger import Ledger
+from tozan.comm.mesh import Mesh
+from tozan.comm.monitor import EXIT_LOST, Monitor
+from tozan.comm.place import Place, check, find, interface_to
+from tozan.layout import Layout
+
+
+@contextmanager
+def join(
+    layout: Layout,
+    *,
+    place: Place | None = None,
+    timeout_s: float = 120.0,
+    lost_after_s: float = 12.0,
+    threads: int = 0,
+    debug: bool = False,
+) -> Iterator[Mesh]:
+    """Join the other ranks of the job and leave them at the end.
+
+    Args:
+        layout: must have exactly the job's number of ranks.
+        place: this process; found in the environment by default.
+        timeout_s: how long a collective may take before the run counts as hanging.
+        lost_after_s: seconds without a sign of life after which a rank counts as lost.
+        threads: computing threads; 0 takes every core that this rank is bound to.
+        debug: compare every operation across ranks before it starts.
+
+    Yields:
+        The mesh. In a world of one there is no process group and nothing is bound.
+
+    Raises:
+        UserError: the layout and the job differ in their numbers of ranks.
+    """
+    place = place or find()
+    check(layout.world_size, place)
+    if place.world_size == 1:
+        yield Mesh.create(layout)
+        return
+    interface = interface_to(place.master)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    store = _connect(place, timeout_s, master=place.rank == 0 and not place.hosted)
+    # The heartbeat is patient enough for the message to come from here and not from gloo's own timeout.
+    patience = timedelta(seconds=timeout_s + lost_after_s + 10)
+    dist.init_process_group(
+        "gloo", store=PrefixStore("group", store), rank=place.rank, world_size=place.world_size, timeout=patience
+    )
+    bound = _bind(place, store, threads)
+    if place.local_rank == 0 or place.local_size <= 8:
+        print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
+    beats = PrefixStore("monitor", _connect(place, timeout_s, master=False))
+    monitor = Monitor(
+        beats, place.rank, place.world_size, Ledger(), lost_after=lost_after_s, hang_after=timeout_s
+    ).start()
+    try:
+        yield Mesh.create(layout, timeout_s=patience.total_seconds(), debug=debug, monitor=monitor)
+    except CommunicationError as error:
+        print(f"tozan: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)
+    except BaseException as error:
+        monitor.stop(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    _leave(place, store)
+    monitor.stop()
+    dist.destroy_process_group()
+
+
+def _connect(place: Place, timeout_s: float, master: bool) -> TCPStore:
+    return TCPStore(
+        place.master,
+        place.port,
+        place.world_size,
+        is_master=master,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
+
+
+def _bind(place: Place, store: TCPStore, threads: int) -> str:
+    """Bind this rank; returns what was done, in words."""
+    if not hasattr(os, "sched_getaffinity"):
+        return "not bound (this system cannot)"
+    host = socket.gethostname()
+    store.set(f"cores/{place.rank}", json.dumps([host, place.local_rank, sorted(os.sched_getaffinity(0))]))
+    everyone = [json.loads(store.get(f"cores/{rank}")) for rank in range(place.world_size)]
+    neighbours = sorted((local, cores) for name, local, cores in everyone if name == host)
+    chosen = binding.decide(
+        [local for local, _ in neighbours].index(place.local_rank),
+        [cores for _, cores in neighbours],
+        binding.numa_domains(),
+    )
+    binding.bind(chosen)
+    torch.set_num_threads(threads or len(chosen.cores))
+    return f"{chosen}, {torch.get_num_threads()} threads"
+
+
+def _leave(place: Place, store: TCPStore) -> None:
+    """Rank 0 may hold the store, so it leaves last."""
+    if store.add("left", 1) == place.world_size:
+        store.set("all left", "1")
+    if place.rank == 0:
+        store.wait(["all left"])

@@ -1,0 +1,162 @@
+"""Which rank this process is, read from what the launcher left in the environment; torch-free.
+
+Understood: torchrun, OpenMPI's and Fujitsu's mpirun/mpiexec (Fugaku under PJM), Slurm's srun, or nothing (one process).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tozan.errors import Problem, UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands in its job.
+
+    Attributes:
+        rank: 0 ≤ rank < world_size.
+        world_size: processes in the job.
+        local_rank: number among the processes of this node.
+        local_size: processes of this node.
+        master: address of the node that holds rank 0.
+        port: where rank 0 listens.
+        launcher: who started the process: `torchrun`, `mpirun`, `slurm`, `pjm` or `none`.
+        hosted: the launcher itself answers at `master:port` (torchrun's agent does).
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master: str = "127.0.0.1"
+    port: int = 0
+    launcher: str = "none"
+    hosted: bool = False
+
+
+def find(environment: Mapping[str, str] | None = None) -> Place:
+    """Read the launcher's variables.
+
+    Args:
+        environment: default: this process's.
+
+    Raises:
+        UserError: variables that contradict each other, or no way to find the node of rank 0.
+    """
+    e = os.environ if environment is None else environment
+    if "RANK" in e and "WORLD_SIZE" in e:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in e else "none"
+        hosted = e.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return _place(e, launcher, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), hosted)
+    if "OMPI_COMM_WORLD_RANK" in e:
+        names = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+        return _place(e, "pjm" if "PJM_JOBID" in e else "mpirun", names, False)
+    if "SLURM_PROCID" in e and "SLURM_STEP_ID" in e:
+        counts = expand_counts(e.get("SLURM_STEP_TASKS_PER_NODE", e["SLURM_NTASKS"]))
+        local = {"SLURM_LOCAL_SIZE": str(counts[int(e.get("SLURM_NODEID", "0"))])}
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_LOCAL_SIZE")
+        return _place({**e, **local}, "slurm", names, False)
+    return Place()
+
+
+def check(world_size: int, place: Place, wanted_by: str = "layout") -> None:
+    """Refuse a layout that needs another number of ranks than were started.
+
+    Raises:
+        UserError: asked for 8, got 4.
+    """
+    if world_size == place.world_size:
+        return
+    got = f"{place.world_size} rank{'s' if place.world_size > 1 else ''} started by {place.launcher}"
+    if place.launcher == "none":
+        got = "1 process, started without a launcher"
+    raise UserError(
+        Problem(
+            wanted_by,
+            f"asks for {world_size} ranks, but there {'are' if place.world_size > 1 else 'is'} {got}",
+            f"start {world_size} ranks (tozan launch writes the command), or choose a layout of {place.world_size}",
+        )
+    )
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface that packets to `address` leave by; None if it cannot be told.
+
+    gloo otherwise takes the address that the host's own name resolves to, which on Debian is 127.0.1.1 and reaches
+    no other host.
+    """
+    import psutil
+
+    family, *_, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # a datagram socket: chooses the route, sends nothing
+        mine = probe.getsockname()[0]
+    if mine.startswith("127."):
+        return "lo"
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(candidate.address.partition("%")[0] == mine for candidate in addresses):
+            return str(name)
+    return None
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Host names of a Slurm list: `n[01-03,7],login` → n01, n02, n03, n7, login."""
+    hosts = []
+    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        match = re.fullmatch(r"(.*?)\[([^\]]*)\](.*)", item)
+        if not match:
+            hosts.append(item)
+            continue
+        before, inside, after = match.groups()
+        for part in inside.split(","):
+            first, _, last = part.partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                hosts += expand_hosts(f"{before}{number:0{len(first)}d}{after}")
+    return hosts
+
+
+def expand_counts(text: str) -> list[int]:
+    """Numbers of a Slurm list: `2(x3),1` → 2, 2, 2, 1."""
+    counts = []
+    for item in text.split(","):
+        count, _, repeat = item.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    return counts
+
+
+def _place(e: Mapping[str, str], launcher: str, names: tuple[str, ...], hosted: bool) -> Place:
+    rank, world = int(e[names[0]]), int(e[names[1]])
+    local_rank, local_size = int(e.get(names[2], rank)), int(e.get(names[3], world))
+    if not 0 <= rank < world or not 0 <= local_rank < local_size:
+        values = ", ".join(f"{name}={e.get(name, '(not set)')}" for name in names)
+        raise UserError(Problem(f"environment ({launcher})", f"{values} contradict each other", "unset all of them"))
+    master = e.get("MASTER_ADDR")
+    if master is None and "SLURM_STEP_NODELIST" in e:
+        master = expand_hosts(e["SLURM_STEP_NODELIST"])[0]
+    if master is None and local_size == world:
+        master = "127.0.0.1"
+    if master is None:
+        raise UserError(
+            Problem(
+                f"environment ({launcher})",
+                f"{world} ranks on several nodes, but MASTER_ADDR is not set: nobody knows where rank 0 is",
+                "set MASTER_ADDR to the first node's name, as the scripts of `tozan launch` do",
+            )
+        )
+    port = int(e["MASTER_PORT"]) if "MASTER_PORT" in e else _port(e)
+    return Place(rank, world, local_rank, local_size, master, port, launcher, hosted)
+
+
+def _port(e: Mapping[str, str]) -> int:
+    """A port that the ranks of a job agree on and that differs between jobs."""
+    job = next(
+        (e[name] for name in ("PJM_JOBID", "SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid") if name in e),
+        "",
+    )
+    return 20_000 + zlib.crc32(f"{job} {e.get('SLURM_STEP_ID', '')}".encode()) % 12_000

@@ -1,0 +1,161 @@
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tozan.comm.monitor import EXIT_LOST
+from tozan.comm.place import Place, check, expand_counts, expand_hosts, find, interface_to
+from tozan.errors import UserError
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(ranks, role, **variables):
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        e = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+        e |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | variables
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, WORKER, str(ranks), role],
+                env=os.environ | {name: str(value) for name, value in e.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def end(processes, within):
+    deadline, outputs = time.monotonic() + within, []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=max(0.1, deadline - time.monotonic())))
+    finally:
+        for process in processes:
+            process.kill()
+    return outputs
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_after_sigkill_of_a_rank_the_others_end_with_one_message_and_no_traceback(victim):
+    processes = start(3, "loop")
+    for process in processes:
+        assert process.stdout.readline().startswith("rank")
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    outputs = end(processes, within=30)
+    assert time.monotonic() - killed < 30
+    survivors = [rank for rank in range(3) if rank != victim]
+    assert [processes[rank].returncode for rank in survivors] == [EXIT_LOST] * 2
+    text = "".join(outputs[rank][1] for rank in survivors)
+    messages = [line for line in text.splitlines() if "lost" in line]
+    assert len(messages) == 1, text
+    assert f"rank {victim} is lost" in messages[0]
+    assert "all_reduce 'loop'" in messages[0]
+    assert "Traceback" not in text
+
+
+def test_a_hang_names_the_rank_that_did_not_come_and_the_operation():
+    processes = start(3, "idle", TIMEOUT=3)
+    text = "".join(error for _, error in end(processes, within=45))
+    assert [process.returncode for process in processes] == [EXIT_LOST] * 3
+    messages = [line for line in text.splitlines() if "hang" in line]
+    assert len(messages) == 1, text
+    assert "rank 1 did not come" in messages[0]
+    assert "all_reduce 'loop 0' (number 1 over dp: ranks 0, 1, 2)" in messages[0]
+    assert "Traceback" not in text
+
+
+def test_an_error_of_one_rank_ends_the_others_soon():
+    processes = start(3, "fail")
+    outputs = end(processes, within=30)
+    assert [process.returncode for process in processes] == [EXIT_LOST, 1, EXIT_LOST]
+    assert "KeyError: 'wrong'" in outputs[1][1]
+    text = outputs[0][1] + outputs[2][1]
+    assert "rank 1 did not come" in text
+    assert "rank 1: left the run (KeyError: 'wrong')" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="needs OpenMPI")
+def test_mpirun_starts_ranks_that_find_each_other_and_their_cores():
+    e = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER"))}
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2"]
+    done = subprocess.run(
+        [*command, sys.executable, WORKER, "2", "once"], env=e, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split(",")[0] for line in done.stdout.splitlines()) == ["rank 0: sum 1", "rank 1: sum 1"]
+    assert done.stderr.count("bound by tozan") == 2
+    wrong = subprocess.run(
+        [*command, sys.executable, WORKER, "4", "once"], env=e, capture_output=True, text=True, timeout=90
+    )
+    assert "asks for 4 ranks, but there are 2 ranks started by mpirun" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_torchrun_starts_ranks():
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, "2", "once"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sum 1") == 2
+
+
+def test_finds_the_place_in_every_launchers_environment():
+    assert find({}) == Place()
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    torchrun |= {"MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert find(torchrun) == Place(3, 8, 1, 2, "a", 29500, "torchrun", True)
+    mpi = {
+        f"OMPI_COMM_WORLD_{k}": v for k, v in (("RANK", "5"), ("SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "4"))
+    }
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+        find(mpi)
+    there = {"MASTER_ADDR": "n1", "MASTER_PORT": "7"}
+    assert find(mpi | there) == Place(5, 8, 1, 4, "n1", 7, "mpirun")
+    assert find(mpi | there | {"PJM_JOBID": "9"}).launcher == "pjm"
+    slurm = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0"}
+    slurm |= {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_STEP_NODELIST": "n[08-09]", "SLURM_JOB_ID": "12"}
+    place = find(slurm)
+    assert (place.rank, place.local_size, place.master, place.launcher) == (2, 1, "n08", "slurm")
+    assert 20_000 <= place.port < 32_000
+    assert place.port != find(slurm | {"SLURM_JOB_ID": "13"}).port
+    with pytest.raises(UserError, match="contradict"):
+        find(torchrun | {"RANK": "8"})
+
+
+def test_slurm_lists():
+    assert expand_hosts("a[01-03,7]-x,login") == ["a01-x", "a02-x", "a03-x", "a7-x", "login"]
+    assert expand_hosts("r[1-2]n[3-4]") == ["r1n3", "r1n4", "r2n3", "r2n4"]
+    assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+
+
+def test_refuses_a_job_of_another_size():
+    check(4, Place(world_size=4))
+    with pytest.raises(UserError, match="asks for 8 ranks, but there are 4 ranks started by slurm"):
+        check(8, Place(world_size=4, launcher="slurm"))
+    with pytest.raises(UserError, match="asks for 2 ranks, but there is 1 process, started without a launcher"):
+        check(2, Place())
+
+
+def test_interface_of_the_loopback_address():
+    assert interface_to("127.0.0.1") == "lo"
