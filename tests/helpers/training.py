@@ -10,7 +10,7 @@ from tozan.config.schema import Optim
 from tozan.layout import Layout
 from tozan.models.arithmetic import Shape
 from tozan.optim.adamw import AdamW
-from tozan.optim.gradients import clip_factor, gradient_norm, scale_gradients
+from tozan.optim.gradients import clip_factor, gradient_norm, norm_of_sums, scale_gradients
 from tozan.parallel.data import DataParallel, in_order
 from tozan.parallel.zero import Zero
 
@@ -102,7 +102,7 @@ def together(a_shape, size, stage, shards=None, deterministic=True, steps=3, mic
             loss.backward()
             values.append(loss.item())
         sync.finish()
-        norm = sync.gradient_norm()
+        norm = norm_of_sums(sync.sums_of_squares())
         scale_gradients(sync.parameters, clip_factor(norm.value, TABLE.clip))
         optimizer.step(TABLE.lr)
         optimizer.zero_grad()

@@ -85,7 +85,7 @@ def memory(stage, size):
         del micro
         measured = live_bytes() - empty - sum(b.nbytes for b in model.buffers()) - batches(1, 2 * size).nbytes
         optimizer.step(1e-3)
-        sync.gradient_norm()
+        sync.sums_of_squares()
         optimizer.zero_grad()
         sync.publish()
     at_rest = live_bytes() - empty - batches(1, 2 * size).nbytes

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tozan.models.gpt2 import GPT2
     from tozan.models.llama import Llama
 
-__all__ = ["GPT2", "Llama", "Shape", "create", "resolve"]
+__all__ = ["GPT2", "Llama", "Shape", "create", "resolve", "skeleton"]
 
 _LAZY = {"GPT2": "tozan.models.gpt2", "Llama": "tozan.models.llama"}
 
@@ -36,13 +36,19 @@ def create(shape: Shape, seed: int) -> GPT2 | Llama:
     Returns:
         A `GPT2` or a `Llama`, in training mode.
     """
+    from tozan.models.layers import initialize
+
+    model = skeleton(shape)
+    initialize(model, shape, seed)
+    return model
+
+
+def skeleton(shape: Shape) -> GPT2 | Llama:
+    """A model without values: its parameters are on the meta device, to be sharded, then filled."""
     import torch
 
     from tozan.models.gpt2 import GPT2
-    from tozan.models.layers import initialize
     from tozan.models.llama import Llama
 
-    with torch.device("meta"):  # no time spent on values that are about to be replaced
-        model = GPT2(shape) if shape.family == "gpt2" else Llama(shape)
-    initialize(model, shape, seed)
-    return model
+    with torch.device("meta"):
+        return GPT2(shape) if shape.family == "gpt2" else Llama(shape)

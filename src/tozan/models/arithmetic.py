@@ -107,8 +107,8 @@ def model_flops(shape: Shape) -> int:
 def hardware_flops(shape: Shape, recompute: Literal["none", "selective", "full"]) -> int:
     """FLOPs that training one sample executes, recomputation included. The numerator of HFU.
 
-    `selective` recomputes no matrix product (only element-wise work), so it equals `none`; `full` repeats every block's
-    forward, but not the head's.
+    `selective` recomputes no matrix product (only element-wise work), so it equals `none`. `full` is counted as every
+    block's forward once more, the convention of published figures; each block's last product is in fact not repeated.
     """
     head = 2 * shape.sequence * shape.vocabulary * shape.width
     again = forward_flops(shape) - head if recompute == "full" else 0

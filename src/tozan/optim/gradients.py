@@ -48,19 +48,23 @@ def segment_squares(gradient: Tensor) -> Tensor:
     return squares
 
 
-def norm_of_squares(squares: Mapping[str, Tensor], scale: float = 1.0) -> GradientNorm:
-    """The norm from every parameter's segments (see `segment_squares`), added in the order of names.
+def sums_of_squares(squares: Mapping[str, Tensor]) -> dict[str, float]:
+    """Every parameter's sum of squares from its segments, (segments,) in fp64 each."""
+    # NumPy adds on one thread, always in the same order.
+    return {name: float(np.sum(square.cpu().numpy())) for name, square in squares.items()}
+
+
+def norm_of_sums(sums: Mapping[str, float], scale: float = 1.0) -> GradientNorm:
+    """The norm from every parameter's sum of squares, added in the order of names.
 
     Args:
-        squares: (segments,) in fp64 of each parameter.
+        sums: of each parameter of the whole model.
         scale: what the loss was multiplied by before the backward pass.
     """
-    # NumPy adds on one thread, always in the same order.
-    sums = {name: float(np.sum(squares[name].cpu().numpy())) for name in sorted(squares)}
-    value = math.sqrt(sum(sums.values())) / scale
+    value = math.sqrt(sum(sums[name] for name in sorted(sums))) / scale
     if math.isfinite(value):
         return GradientNorm(value, None)
-    for name, total in sums.items():
+    for name, total in sorted(sums.items()):
         if not math.isfinite(total):
             return GradientNorm(value, f"gradient of {name} has norm {math.sqrt(total)}")
     return GradientNorm(value, f"the gradient norm over all parameters is {value}")
@@ -73,8 +77,12 @@ def gradient_norm(parameters: Mapping[str, nn.Parameter], scale: float = 1.0) ->
         parameters: those with a `.grad` count.
         scale: what the loss was multiplied by before the backward pass.
     """
-    named = {name: segment_squares(p.grad) for name, p in parameters.items() if p.grad is not None}
-    return norm_of_squares(named, scale)
+    return norm_of_sums(sums_of_squares(squares_of(parameters)), scale)
+
+
+def squares_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`segment_squares` of every gradient there is."""
+    return {name: segment_squares(p.grad) for name, p in parameters.items() if p.grad is not None}
 
 
 def scale_gradients(parameters: Mapping[str, nn.Parameter], factor: float) -> None:

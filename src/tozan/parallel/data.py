@@ -6,7 +6,7 @@
         loss = model(*micro_batch(j * axis.size + axis.index)) / tokens_of_the_whole_step
         loss.backward()                              # hooks launch the buckets
     sync.finish()                                    # now .grad is the sum over all ranks
-    norm = sync.gradient_norm()
+    norm = norm_of_sums(sync.sums_of_squares())
     optimizer.step(...)                              # over sync.parameters
     sync.publish()                                   # nothing to do here; ZeRO hands parameters round
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tozan.comm import Axis, Handle
 from tozan.comm import collectives as c
-from tozan.optim.gradients import GradientNorm, gradient_norm
+from tozan.optim.gradients import squares_of, sums_of_squares
 from tozan.parallel.flat import Unit, buckets
 from tozan.parallel.synchronizer import Synchronizer
 
@@ -88,9 +88,9 @@ class DataParallel:
                 unit.parameters[name].grad = gradient
         self._gathers.clear()
 
-    def gradient_norm(self, scale: float = 1.0) -> GradientNorm:
-        """The global gradient norm, after `finish`; every rank computes the same."""
-        return gradient_norm(self.parameters, scale)
+    def sums_of_squares(self) -> dict[str, float]:
+        """Every gradient's sum of squares, after `finish`; the same on every rank."""
+        return sums_of_squares(squares_of(self.parameters))
 
     def publish(self) -> None:
         """After the optimizer's step: every rank has stepped all parameters alike, so nothing is to be done."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tozan.comm import Axis, Handle
 from tozan.comm import collectives as c
-from tozan.optim.gradients import SEGMENT, GradientNorm, norm_of_squares, segment_squares
+from tozan.optim.gradients import SEGMENT, segment_squares, sums_of_squares
 from tozan.parallel.flat import Unit, by_block
 from tozan.parallel.gathering import Gathering
 from tozan.parallel.synchronizer import Synchronizer
@@ -117,8 +117,8 @@ class Zero:
                 self.parameters[name].grad = gradient[unit.own(name, self._axis.index)[0]]
         self._settled.clear()
 
-    def gradient_norm(self, scale: float = 1.0) -> GradientNorm:
-        """The global gradient norm, after `finish`, of gradients divided by `scale`: the bits of a single process."""
+    def sums_of_squares(self) -> dict[str, float]:
+        """Every whole gradient's sum of squares, after `finish`: on every rank the bits of a single process."""
         own = torch.cat([segment_squares(self._gradients[unit.name]) for unit in self._units])
         rows = c.all_gather(own.view(1, -1), self._axis, name="gradient norm")
         squares, start = {}, 0
@@ -130,7 +130,7 @@ class Zero:
                 first = offset // SEGMENT
                 squares[name] = segments[first : first - (-unit.shapes[name].numel() // SEGMENT)]
         self._gradients.clear()
-        return norm_of_squares(squares, scale)
+        return sums_of_squares(squares)
 
     def publish(self) -> None:
         """After the optimizer's step, or after `parameters` were loaded: the model computes with the new values."""

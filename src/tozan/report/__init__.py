@@ -1,5 +1,12 @@
 """Pages and figures from a run's files; torch-free, so that a login node or a laptop can draw them."""
 
-from tozan.report.page import write
+from __future__ import annotations
 
-__all__ = ["write"]
+from pathlib import Path
+
+
+def write(run: Path, out: Path | None = None, sample: str | None = None) -> Path:
+    """Write a run's page; see `page.write`. Figures (and their library) are imported only now."""
+    from tozan.report import page
+
+    return page.write(run, out, sample)
