@@ -27,8 +27,8 @@ from tozan.train.metrics import Clock
 from tozan.train.step import train_step
 
 STANDARD_LIBRARY = "standard-library"
-VOCABULARY = 1024
-"""Small, so that a few hundred thousand tokens show the model each of its words often enough."""
+VOCABULARY = 8192
+"""Of sizes 1,024 to 8,192 the one whose held-out loss falls furthest in a few hundred thousand tokens."""
 MODEL = "demo-10m"
 FAMILY = "llama"
 """Rotary positions find the structure of text in a third fewer tokens than learned ones (docs/lab-notes.md)."""
@@ -69,7 +69,7 @@ def run(
     minutes: float = 3.3,
     console: Console | None = None,
 ) -> Path:
-    """Gather text, train a tokenizer and a model of about 8 million parameters, write a sample and a page.
+    """Gather text, train a tokenizer and a model of about 10 million parameters, write a sample and a page.
 
     A data set that an earlier demo of the same corpus left in `out` is used again; every call makes a run of its own.
 
@@ -215,7 +215,7 @@ def write_config(folder: Path, dataset: Path, plan: Plan, precision: str) -> Pat
             "global_batch": plan.batch,
             "precision": precision,
         },
-        "optim": {"lr": 4e-3, "beta2": 0.98, "schedule": "linear", "warmup": max(1, plan.steps // 20)},
+        "optim": {"lr": 3e-3, "beta2": 0.98, "schedule": "linear", "warmup": max(1, plan.steps // 20)},
         "eval": {"every": every, "samples": HELD_OUT_SAMPLES},
         "checkpoint": {"every": max(1, math.ceil(plan.steps / 2))},
     }
