@@ -1,0 +1,132 @@
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tozan.comm.jobs import Allocation, Job, allocation, problems, rank_map, script, start
+from tozan.errors import UserError
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+JOB = Job(("tozan", "train", "my run.toml"), ranks=16, nodes=4, cores=48, minutes=90, queue="large", account="g1")
+
+
+def is_valid_bash(text):
+    return subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "slurm", "pjm"])
+def test_every_script_is_bash_and_quotes_the_command(launcher):
+    text = script(replace(JOB, name="a-job", stage=("data dir/x",), environment={"A": "b c"}), launcher)
+    assert is_valid_bash(text)
+    assert "tozan train 'my run.toml'" in text
+    assert "export A='b c'" in text
+
+
+def test_slurm_asks_for_and_binds_what_the_job_says():
+    text = script(JOB, "slurm")
+    for option in ("--nodes=4", "--ntasks=16", "--ntasks-per-node=4", "--cpus-per-task=12", "--time=01:30:00"):
+        assert f"#SBATCH {option}\n" in text
+    assert "#SBATCH --partition=large" in text
+    assert "#SBATCH --account=g1" in text
+    assert (
+        "exec srun --ntasks=16 --ntasks-per-node=4 --kill-on-bad-exit=1 --cpus-per-task=12 --cpu-bind=verbose" in text
+    )
+    assert "#SBATCH" not in script(JOB, "slurm", header=False)
+
+
+def test_pjm_script_has_shape_processes_rank_map_cmgs_and_staging():
+    text = script(replace(JOB, shape=(2, 1, 2), stage=("data/mine.tar",)), "pjm")
+    for line in ('-L "node=2x1x2:strict"', '-L "elapse=01:30:00"', '-L "rscgrp=large"', '-g "g1"'):
+        assert f"#PJM {line}\n" in text
+    for line in ('--mpi "proc=16"', '--mpi "max-proc-per-node=4"', '--mpi "rank-map-hostfile=tozan.rankmap"'):
+        assert f"#PJM {line}\n" in text
+    assert "llio_transfer data/mine.tar\ntrap 'llio_transfer --purge data/mine.tar' EXIT" in text
+    assert "export OMP_NUM_THREADS=12\n" in text
+    one_cmg = "$((4 + 1 * OMPI_COMM_WORLD_LOCAL_RANK))"
+    assert f"numactl --cpunodebind={one_cmg} --membind={one_cmg}" in text
+    assert "mpiexec -n 16" in text
+
+
+@pytest.mark.parametrize(("ranks", "local", "domains"), [(4, 3, "7"), (2, 1, "6-7"), (1, 0, "4-7")])
+def test_pjm_binding_names_the_compute_cmgs(ranks, local, domains, tmp_path):
+    text = script(Job(("prog", "a b"), ranks=ranks), "pjm")
+    binding = next(line for line in text.splitlines() if line.startswith("bind="))
+    tool = tmp_path / "numactl"
+    tool.write_text('#!/bin/bash\nprintf "%s|" "$@"\n')
+    tool.chmod(0o755)
+    e = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMPI_COMM_WORLD_LOCAL_RANK": str(local)}
+    said = subprocess.run(
+        ["bash", "-c", f'{binding}\nbash -c "$bind" -- prog "a b"'], env=e, capture_output=True, text=True
+    )
+    assert said.stdout == f"--cpunodebind={domains}|--membind={domains}|prog|a b|"
+
+
+def test_rank_map_fills_nodes_and_walks_the_shape_in_the_order_asked_for():
+    lines = rank_map(Job(("x",), ranks=12, nodes=6, shape=(3, 2))).split()
+    assert lines[:6] == ["(0,0)", "(0,0)", "(0,1)", "(0,1)", "(1,0)", "(1,0)"]
+    turned = rank_map(Job(("x",), ranks=12, nodes=6, shape=(3, 2), order=(1, 0))).split()
+    assert turned[:6] == ["(0,0)", "(0,0)", "(1,0)", "(1,0)", "(2,0)", "(2,0)"]
+    assert sorted(lines) == sorted(turned)
+
+
+@pytest.mark.parametrize(
+    ("job", "launcher", "given", "message"),
+    [
+        (replace(JOB, ranks=15), "slurm", None, "15 ranks on 4 nodes"),
+        (replace(JOB, cores=2), "mpirun", None, "4 ranks on nodes of 2 cores"),
+        (replace(JOB, shape=(2, 3)), "pjm", None, "2 × 3 = 6, but nodes = 4"),
+        (replace(JOB, ranks=12), "pjm", None, "3 ranks per node: a node has 4 CMGs"),
+        (replace(JOB, shape=(2, 2), order=(0, 0)), "pjm", None, "does not name each"),
+        (JOB, "lsf", None, "launcher 'lsf' is none of"),
+        (JOB, "mpirun", Allocation("slurm", 4, 16), "asked for mpirun inside a slurm allocation"),
+        (JOB, "slurm", Allocation("slurm", 2, 16), "asked for 4 nodes, the allocation has 2"),
+        (replace(JOB, ranks=8), "slurm", Allocation("slurm", 4, 4), "asked for 8 ranks, the allocation has 4"),
+        (replace(JOB, name="a\nb"), "slurm", None, "line break"),
+    ],
+)
+def test_refuses_contradictions(job, launcher, given, message):
+    assert message in "\n".join(map(str, problems(job, launcher, given)))
+
+
+def test_detects_the_allocation():
+    assert allocation({}) is None
+    assert allocation({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "8"}) == Allocation(
+        "slurm", 2, 8
+    )
+    assert allocation({"SLURM_JOB_ID": "1"}) == Allocation("slurm", 1, None)
+    assert allocation({"PJM_JOBID": "1", "PJM_NODE": "12", "PJM_MPI_PROC": "48"}) == Allocation("pjm", 12, 48)
+
+
+def test_dry_run_prints_and_starts_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert start(replace(JOB, shape=(2, 2)), "pjm", dry_run=True, folder=tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("#!/bin/bash\n#PJM -N tozan\n")
+    assert printed.endswith("(1,1)\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_says_when_a_launcher_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="pjsub is not installed"):
+        start(Job(("x",), ranks=1), "pjm", folder=tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="needs OpenMPI")
+def test_starts_the_real_mpirun_from_a_description(tmp_path):
+    job = Job(
+        (sys.executable, WORKER, "2", "once"), ranks=2, environment={"OMPI_MCA_btl_vader_single_copy_mechanism": "none"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tozan.comm.jobs import *; raise SystemExit(start({job!r}, 'mpirun'))"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sum 1") == 2
