@@ -309,16 +309,9 @@ class ModelOrVerb(click.Group):
         return super().resolve_command(ctx, args if args[0] in self.commands else ["layout", *args])
 
 
-@cli.group(
-    cls=ModelOrVerb,
-    epilog=examples(
-        "tozan plan fugaku-13b --machine fugaku-2.0 --nodes 13824 --tokens 380e9",
-        "tozan plan 175B --machine a100-80 --deadline 34 --tokens 300e9 --html plan.html",
-        "tozan plan layout --help                    all options",
-    ),
-)
+@cli.group(cls=ModelOrVerb, epilog=examples("tozan plan fugaku-13b --machine fugaku-2.0 --nodes 13824"))
 def plan() -> None:
-    """Say which layout, how long, how much memory, what cost: tozan plan MODEL --machine MACHINE."""
+    """Which layout, how long, how much memory, what cost: tozan plan MODEL ... (`tozan plan layout --help`)."""
 
 
 @plan.command("layout", epilog=examples("tozan plan gpt2-1.3b --machine fugaku-2.0 --nodes 4096 --sweep strong"))
@@ -364,6 +357,21 @@ def plan_talk(page: str | None) -> None:
     from tozan import planner
 
     click.echo(planner.talk(page).text)
+
+
+@cli.group(epilog=examples("tozan bench calibrate"))
+def bench() -> None:
+    """Measure this machine."""
+
+
+@bench.command("calibrate", epilog=examples("tozan bench calibrate --out mine.toml"))
+@click.option("--out", type=FOLDER, default="machine.toml", show_default=True, help="File to write.")
+def bench_calibrate(out: Path) -> None:
+    """Measure this machine in a minute and write it as a machine file for `tozan plan`."""
+    from tozan.bench.calibrate import calibrate
+
+    calibrate(out)
+    click.echo(f"wrote {out}; try: tozan plan gpt2-124m --machine {out}")
 
 
 @cli.group()

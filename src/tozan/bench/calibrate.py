@@ -1,0 +1,227 @@
+"""Measures this machine and writes it as a machine file for `tozan plan`.
+
+A minute of micro-benchmarks: matrix products of a training step's shapes on random operands, fused attention,
+element-wise work, memory bandwidth, the cost of issuing an operation, and gloo all-reduce between local processes. What
+they measure are the numbers that `tozan.planner.machine` asks for, no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+from tozan.train.machine import keep_freed_memory
+
+SHAPES = (
+    (4096, 2304, 768),
+    (4096, 768, 768),
+    (4096, 3072, 768),
+    (4096, 768, 3072),
+    (768, 3072, 4096),
+    (768, 768, 4096),
+)
+"""Products of GPT-2 124M at micro-batch 4: forward, and weight gradients, as (rows, columns, summed)."""
+SQUARE = (2048, 2048, 2048)
+"""The product whose rate, against one with a short summed dimension, tells what a short one costs."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured; FLOP/s, bytes/s and seconds.
+
+    Attributes:
+        peak: best rate of a matrix product by precision.
+        efficiency: rate over the shapes of a step, as a share of the bf16 (or fp32) peak.
+        k_half: length of the summed dimension at which half the rate is lost.
+        attention: rate of fused causal attention, forward and backward, as a share of the same peak.
+        bandwidth: of a large copy, read and written bytes counted.
+        elementwise: share of it that GELU reaches.
+        launch: seconds to issue a tiny operation.
+        all_reduce: bus bandwidth between `ranks` local processes, or `None`.
+        latency: of a tiny all-reduce between them.
+        ranks: local processes of the all-reduce.
+    """
+
+    peak: dict[str, float]
+    efficiency: float
+    k_half: float
+    attention: float
+    bandwidth: float
+    elementwise: float
+    launch: float
+    all_reduce: float | None
+    latency: float
+    ranks: int
+
+
+def calibrate(out: Path, ranks: int = 2, seconds: float = 0.3, shrink: int = 1) -> Measured:
+    """Measure this machine and write `out`, a machine file.
+
+    Args:
+        out: file to write.
+        ranks: local processes for the all-reduce; 1 leaves it out.
+        seconds: time spent on each measurement.
+        shrink: divides all sizes, for a rough and quick answer.
+    """
+    found = measure(ranks, seconds, shrink)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(toml(found), encoding="utf-8")
+    return found
+
+
+def measure(ranks: int = 2, seconds: float = 0.3, shrink: int = 1) -> Measured:
+    """Run all micro-benchmarks in this process (and, for the all-reduce, in `ranks` others)."""
+    keep_freed_memory()
+    shapes = [(m // shrink, n // shrink, k // shrink) for m, n, k in (*SHAPES, SQUARE)]
+    rates = {name: [_gemm(dtype, *shape, seconds) for shape in shapes] for name, dtype in DTYPES.items()}
+    peak = {name: max(found) for name, found in rates.items()}
+    best = max(("bf16", "fp32"), key=lambda name: peak[name])
+    work = [2.0 * m * n * k for m, n, k in shapes[:-1]]
+    spent = sum(flops / rate for flops, rate in zip(work, rates[best], strict=False))
+    short = _gemm(DTYPES[best], shapes[-1][0], shapes[-1][1], max(1, 64 // shrink), seconds)
+    copy = _bandwidth(seconds, shrink)
+    tiny = torch.ones(4)
+    x = torch.randn(4096 // shrink, 3072, dtype=torch.bfloat16)
+    gelu = 2 * x.numel() * x.element_size() / _time(lambda: F.gelu(x, approximate="tanh"), seconds)
+    bus, latency = (None, 0.0) if ranks < 2 else _all_reduce(ranks)
+    return Measured(
+        peak,
+        min(1.0, sum(work) / spent / peak[best]),
+        _half_length(rates[best][-1], short, shapes[-1][2], max(1, 64 // shrink)),
+        min(1.0, _attention(DTYPES[best], seconds, shrink) / peak[best]),
+        copy,
+        min(1.0, gelu / copy),
+        _time(lambda: tiny + tiny, seconds / 10),
+        bus,
+        latency,
+        ranks,
+    )
+
+
+def toml(found: Measured) -> str:
+    """A machine file of one node, with the time and the software as its source."""
+    numbers = ", ".join(f"{name} = {rate:.4g}" for name, rate in found.peak.items())
+    source = f"measured {time.strftime('%Y-%m-%d')} by tozan bench calibrate, torch {torch.__version__}, "
+    source += f"{torch.get_num_threads()} threads on {platform.processor() or platform.machine()}"
+    lines = [
+        "# This machine, one rank with all threads; written by tozan bench calibrate.",
+        'name = "this machine"',
+        "nodes = 1",
+        "spread = 0.15",
+        "",
+        "[device]",
+        'kind = "cpu"',
+        f"memory = {psutil.virtual_memory().total:.4g}",
+        "reserve = 6e8",
+        f"bandwidth = {found.bandwidth:.4g}",
+        f"bandwidth_efficiency = {found.elementwise:.3f}",
+        f"peak = {{ {numbers} }}",
+        f"launch = {found.launch:.3g}",
+        "",
+        "[device.gemm]",
+        f"efficiency = {found.efficiency:.3f}",
+        f"k_half = {found.k_half:.0f}",
+        f"attention = {found.attention:.3f}",
+        "",
+        "[node]",
+        "devices = 1",
+        f"bandwidth = {found.all_reduce or found.bandwidth:.4g}",
+        f"latency = {found.latency:.3g}",
+        "",
+        "[network]",
+        "bandwidth = 1e9",
+        "",
+        "[sources]",
+        f'all = "{source}; peak is the best measured product, network is assumed"',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _half_length(long_rate: float, short_rate: float, long: int, short: int) -> float:
+    """The h of rate(k) = r k / (k + h), from the rates at two lengths; 0 where short products are no slower."""
+    slope = long * short_rate - short * long_rate
+    return max(0.0, long * short * (long_rate - short_rate) / slope) if slope > 0 else float(long)
+
+
+def _time(run: Callable[[], object], seconds: float) -> float:
+    """Median seconds of one call, after two to warm up."""
+    run(), run()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def _gemm(dtype: torch.dtype, m: int, n: int, k: int, seconds: float) -> float:
+    """FLOP/s of (m × k) · (k × n) on random operands (zeros would be faster than anything real)."""
+    a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+    return 2.0 * m * n * k / _time(lambda: F.linear(a, b), seconds)
+
+
+def _attention(dtype: torch.dtype, seconds: float, shrink: int) -> float:
+    """FLOP/s of fused causal attention, forward and backward; 3.5 times the forward's 2 s² d over the causal half."""
+    heads, length, size = 12, 1024 // shrink, 64
+    q, k, v = (torch.randn(1, heads, length, size, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def both() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+
+    return 3.5 * 2 * heads * length**2 * size / _time(both, seconds)
+
+
+def _bandwidth(seconds: float, shrink: int) -> float:
+    """Bytes/s of copying 256 MB, read and written bytes counted."""
+    source, target = torch.ones(2**26 // shrink), torch.empty(2**26 // shrink)
+    return 2 * source.numel() * 4 / _time(lambda: target.copy_(source), seconds)
+
+
+def _all_reduce(ranks: int) -> tuple[float, float]:
+    """Bus bandwidth of a 32 MB all-reduce between local processes over gloo, and seconds of a tiny one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "seconds.json"
+        mp.spawn(_all_reduce_rank, (ranks, port, answer), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+        large, tiny = json.loads(answer.read_text(encoding="utf-8"))
+    return 2 * (ranks - 1) / ranks * 2**25 / large, tiny
+
+
+def _all_reduce_rank(rank: int, ranks: int, port: int, answer: Path) -> None:
+    """One process of the all-reduce; rank 0 writes the medians."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    method = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timedelta(minutes=1))
+    times = []
+    for size in (2**23, 8):
+        buffer = torch.ones(size)
+        every = []
+        for _ in range(8):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_reduce(buffer)
+            every.append(time.perf_counter() - begin)
+        times.append(median(every))
+    if rank == 0:
+        answer.write_text(json.dumps(times), encoding="utf-8")
+    dist.destroy_process_group()
