@@ -39,14 +39,17 @@ def test_slurm_asks_for_and_binds_what_the_job_says():
 
 
 def test_pjm_script_has_shape_processes_rank_map_cmgs_and_staging():
-    text = script(replace(JOB, shape=(2, 1, 2), stage=("data/mine.tar",)), "pjm")
+    text = script(
+        replace(JOB, shape=(2, 1, 2), stage=("data/mine.tar",), environment={"PJM_LLIO_GFSCACHE": "/vol0004"}), "pjm"
+    )
+    assert "#PJM -x PJM_LLIO_GFSCACHE=/vol0004\n" in text
     for line in ('-L "node=2x1x2:strict"', '-L "elapse=01:30:00"', '-L "rscgrp=large"', '-g "g1"'):
         assert f"#PJM {line}\n" in text
     for line in ('--mpi "proc=16"', '--mpi "max-proc-per-node=4"', '--mpi "rank-map-hostfile=tozan.rankmap"'):
         assert f"#PJM {line}\n" in text
     assert "llio_transfer data/mine.tar\ntrap 'llio_transfer --purge data/mine.tar' EXIT" in text
     assert "export OMP_NUM_THREADS=12\n" in text
-    one_cmg = "$((4 + 1 * OMPI_COMM_WORLD_LOCAL_RANK))"
+    one_cmg = "$((4 + 1 * PLE_RANK_ON_NODE))"
     assert f"numactl --cpunodebind={one_cmg} --membind={one_cmg}" in text
     assert "mpiexec -n 16" in text
 
@@ -58,7 +61,7 @@ def test_pjm_binding_names_the_compute_cmgs(ranks, local, domains, tmp_path):
     tool = tmp_path / "numactl"
     tool.write_text('#!/bin/bash\nprintf "%s|" "$@"\n')
     tool.chmod(0o755)
-    e = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMPI_COMM_WORLD_LOCAL_RANK": str(local)}
+    e = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLE_RANK_ON_NODE": str(local)}
     said = subprocess.run(
         ["bash", "-c", f'{binding}\nbash -c "$bind" -- prog "a b"'], env=e, capture_output=True, text=True
     )

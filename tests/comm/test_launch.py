@@ -132,7 +132,8 @@ def test_finds_the_place_in_every_launchers_environment():
         find(mpi)
     there = {"MASTER_ADDR": "n1", "MASTER_PORT": "7"}
     assert find(mpi | there) == Place(5, 8, 1, 4, "n1", 7, "mpirun")
-    assert find(mpi | there | {"PJM_JOBID": "9"}).launcher == "pjm"
+    fugaku = {"PJM_JOBID": "9", "PJM_NODE": "2", "PJM_MPI_PROC": "8", "PMIX_RANK": "6", "PLE_RANK_ON_NODE": "2"}
+    assert find(fugaku | there) == Place(6, 8, 2, 4, "n1", 7, "pjm")
     slurm = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0"}
     slurm |= {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_STEP_NODELIST": "n[08-09]", "SLURM_JOB_ID": "12"}
     place = find(slurm)

@@ -45,7 +45,8 @@ class Job:
         shape: PJM's node shape, such as (2, 3, 2); its product is `nodes`.
         order: mesh of nodes that neighbouring ranks walk through, as a permutation of the shape's dims (fastest last).
         stage: files that every rank reads at the start: copied to the nodes' storage first (`llio_transfer`).
-        environment: further variables.
+        environment: further variables; on PJM those named `PJM_…` go to the job itself (`#PJM -x`), such as
+            PJM_LLIO_GFSCACHE, the volumes that it uses.
         hosts: file of host names, for mpirun on several nodes outside an allocation.
     """
 
@@ -290,6 +291,7 @@ def _pjm_header(job: Job) -> list[str]:
     lines += [f'-L "rscgrp={job.queue}"'] if job.queue else []
     lines += [f'-g "{job.account}"'] if job.account else []
     lines += [f'--mpi "proc={job.ranks}"', f'--mpi "max-proc-per-node={job.per_node}"']
+    lines += [f"-x {name}={value}" for name, value in job.environment.items() if name.startswith("PJM_")]
     lines += [f'--mpi "rank-map-hostfile={job.name}.rankmap"', "-j", "-S"]
     return [f"#PJM {line}" for line in lines]
 
@@ -302,8 +304,8 @@ def _pjm(job: Job) -> list[str]:
         lines.append(f"llio_transfer {staged}")
         lines.append(f"trap 'llio_transfer --purge {staged}' EXIT")
     cmgs, first = _CMGS // job.per_node, _FIRST_COMPUTE_DOMAIN
-    low = f"$(({first} + {cmgs} * OMPI_COMM_WORLD_LOCAL_RANK))"
-    domains = low if cmgs == 1 else f"{low}-$(({first + cmgs - 1} + {cmgs} * OMPI_COMM_WORLD_LOCAL_RANK))"
+    low = f"$(({first} + {cmgs} * PLE_RANK_ON_NODE))"
+    domains = low if cmgs == 1 else f"{low}-$(({first + cmgs - 1} + {cmgs} * PLE_RANK_ON_NODE))"
     lines += [
         "# one rank on each CMG (or pair, or all four), with its memory beside it",
         f"bind='exec numactl --cpunodebind={domains} --membind={domains} \"$@\"'",

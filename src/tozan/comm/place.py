@@ -54,9 +54,11 @@ def find(environment: Mapping[str, str] | None = None) -> Place:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in e else "none"
         hosted = e.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return _place(e, launcher, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), hosted)
+    if "PJM_JOBID" in e and "PLE_RANK_ON_NODE" in e:
+        return _fugaku(e)
     if "OMPI_COMM_WORLD_RANK" in e:
         names = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-        return _place(e, "pjm" if "PJM_JOBID" in e else "mpirun", names, False)
+        return _place(e, "mpirun", names, False)
     if "SLURM_PROCID" in e and "SLURM_STEP_ID" in e:
         counts = expand_counts(e.get("SLURM_STEP_TASKS_PER_NODE", e["SLURM_NTASKS"]))
         local = {"SLURM_LOCAL_SIZE": str(counts[int(e.get("SLURM_NODEID", "0"))])}
@@ -151,6 +153,15 @@ def _place(e: Mapping[str, str], launcher: str, names: tuple[str, ...], hosted: 
         )
     port = int(e["MASTER_PORT"]) if "MASTER_PORT" in e else _port(e)
     return Place(rank, world, local_rank, local_size, master, port, launcher, hosted)
+
+
+def _fugaku(e: Mapping[str, str]) -> Place:
+    """Fujitsu's mpiexec numbers processes by PMIx and within a node by PLE; PJM knows how many there are."""
+    rank = e.get("OMPI_COMM_WORLD_RANK", e.get("PMIX_RANK", ""))
+    world, nodes = int(e["PJM_MPI_PROC"]), int(e["PJM_NODE"])
+    local = {"PMIX_RANK": rank, "PJM_LOCAL_SIZE": e.get("PJM_PROC_BY_NODE", str(-(-world // nodes)))}
+    names = ("PMIX_RANK", "PJM_MPI_PROC", "PLE_RANK_ON_NODE", "PJM_LOCAL_SIZE")
+    return _place({**e, **local}, "pjm", names, False)
 
 
 def _port(e: Mapping[str, str]) -> int:
