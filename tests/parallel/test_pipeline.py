@@ -85,6 +85,11 @@ def same_bits(name, stages, schedule, chunks, count, layers, modes):
     wrong = [n for n, p in model.named_parameters() if not torch.equal(p.grad, gradients[n])]
     if not torch.equal(outcome.losses, expected):
         wrong.append("losses")
+    ready.model.zero_grad()
+    if not torch.equal(ready.evaluate(inputs, targets), expected) or any(
+        p.grad is not None for p in model.parameters()
+    ):
+        wrong.append("evaluation")
     if [step.action for step in outcome.steps] != list(plan.actions[stage]):
         wrong.append("actions")
     return wrong, set(dict(model.named_parameters()))

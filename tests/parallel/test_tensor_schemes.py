@@ -7,6 +7,7 @@ from tensor_cases import SHAPES, assemble, batch, create, distance
 
 from tozan import models
 from tozan.comm import Mesh
+from tozan.errors import UserError
 from tozan.layout import Layout
 from tozan.models.layers import initial
 from tozan.parallel import apply as door
@@ -170,3 +171,24 @@ def test_a_placement_takes_and_puts_back():
         placement.take(whole.T)
     with pytest.raises(ValueError, match="piece"):
         placement.put(whole, target)
+
+
+def odd_batches(layout, sequence, tokens):
+    mesh = Mesh.create(layout, timeout_s=30)
+    model = create(SHAPES["gpt2"])
+    door.apply(model, mesh, sequence=sequence)
+    with pytest.raises(UserError) as error:
+        model(tokens)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sequence", "size", "expected"),
+    [
+        (Layout(tp=2), True, (2, 5), "5 tokens over 2 ranks leaves 1 over"),
+        (Layout(tp=2, scheme="2.5d", tp_depth=2), False, (3, 8), "3 samples over 2 rows (depth × side) leaves 1 over"),
+    ],
+)
+def test_batches_that_do_not_split_are_refused(layout, sequence, size, expected):
+    tokens = torch.zeros(size, dtype=torch.int64)
+    assert all(expected in text for text in spawn(layout.tp, odd_batches, layout, sequence, tokens))

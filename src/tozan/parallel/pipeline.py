@@ -192,9 +192,7 @@ class Pipeline:
         """
         if len(inputs) != self.schedule.microbatches:
             raise ValueError(f"{len(inputs)} micro-batches for a schedule of {self.schedule.microbatches}")
-        shapes = [self._local_shape(*tokens.shape) for tokens in inputs]
-        mail = Mail(self.schedule, self.axis, shapes, self._dtype, inputs[0].device)
-        run = _Step(self, inputs, targets, factor, mail)
+        run = _Step(self, inputs, targets, factor, self._mail(self.schedule, inputs))
         begin = time.perf_counter()
         steps = []
         for action in self.schedule.actions[self.stage]:
@@ -204,9 +202,36 @@ class Pipeline:
             steps.append(Step(self.stage, action, start - begin, time.perf_counter() - begin))
         run.mail.close()
         self._tie()
-        losses = collectives.all_gather(run.losses[None], self.axis, dim=0, name="losses")[-1]
+        losses = self._spread(run.losses)
         busy = sum(step.end - step.start for step in steps)
         return Outcome(losses, steps, busy, time.perf_counter() - begin - busy)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Summed losses (M,) of any number of micro-batches, by forward passes only; the same on every stage."""
+        stages, chunks = self.schedule.stages, self.schedule.chunks
+        forwards = tuple(Action("forward", m, c) for c in range(chunks) for m in range(len(inputs)))
+        plan = Schedule("gpipe", stages, len(inputs), chunks, (forwards,) * stages)
+        mail = self._mail(plan, inputs)
+        losses = torch.zeros(len(inputs), dtype=self._dtype, device=inputs[0].device)
+        for action in forwards:
+            _, microbatch, chunk = action
+            x = inputs[microbatch] if self.first(chunk) else mail.collect(action)
+            y = self.forward(chunk, x, targets[microbatch])
+            if self.last(chunk):
+                losses[microbatch] = y
+            else:
+                mail.post(action, y)
+        mail.close()
+        return self._spread(losses)
+
+    def _mail(self, plan: Schedule, inputs: Sequence[Tensor]) -> Mail:
+        shapes = [self._local_shape(*tokens.shape) for tokens in inputs]
+        return Mail(plan, self.axis, shapes, self._dtype, inputs[0].device)
+
+    def _spread(self, losses: Tensor) -> Tensor:
+        """The last stage's losses, on every stage; everyone waits for everyone."""
+        return collectives.all_gather(losses[None], self.axis, dim=0, name="losses")[-1]
 
     def share(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
         """Placements that say that a tied embedding is on two stages; the first counts as its owner."""

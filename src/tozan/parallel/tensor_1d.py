@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tozan.comm import Axis, Mesh, functions
 from tozan.layout import Role, split
 from tozan.parallel.scheme import Parameters
-from tozan.parallel.sequence import SequencePosition
+from tozan.parallel.sequence import SequencePosition, check_tokens
 from tozan.parallel.vocabulary import compute_dtype, sharded_cross_entropy
 
 TOKENS = 1
@@ -111,6 +111,8 @@ class VocabularyParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 to (B, T, D), or (B, T/n, D)."""
+        if self._sequence:
+            check_tokens(tokens.shape[TOKENS], self._axis.size)
         index = tokens - self._axis.index * self.weight.shape[0]
         elsewhere = (index < 0) | (index >= self.weight.shape[0])
         found = F.embedding(index.masked_fill(elsewhere, 0), self.weight)

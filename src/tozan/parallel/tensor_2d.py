@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tozan.comm import Axis, Mesh, functions
+from tozan.errors import Problem, UserError
 from tozan.layout import Role
 from tozan.parallel.norms import ShardedNorm
 from tozan.parallel.scheme import Parameters
@@ -152,7 +153,16 @@ class Tensor2D:
         return functions.reduce_from(loss, self.depth, name="loss")
 
     def own_grid(self, samples: Tensor) -> Tensor:
-        """The samples of this rank's grid: (B, ...) to (B/d, ...)."""
+        """The samples of this rank's grid: (B, ...) to (B/d, ...).
+
+        Raises:
+            UserError: B is no multiple of q·d.
+        """
+        rows = self.grid.side * self.depth.size
+        if samples.shape[SAMPLES] % rows:
+            rest = samples.shape[SAMPLES] % rows
+            what = f"{samples.shape[SAMPLES]} samples over {rows} rows (depth × side) leaves {rest} over"
+            raise UserError(Problem("micro-batch", what, f"use micro-batches that are multiples of {rows}"))
         return samples.chunk(self.depth.size)[self.depth.index]
 
     def own_samples(self, samples: Tensor) -> Tensor:

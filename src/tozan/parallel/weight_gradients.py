@@ -97,8 +97,7 @@ class _Linear(torch.autograd.Function):
             return made
 
         def later() -> None:
-            made = product()
-            leaf.grad = made if leaf.grad is None else leaf.grad.add_(made)
+            torch.autograd.backward(leaf, product())  # adds to `.grad`, and calls whoever waits for it
 
         waits = ctx.needs_input_grad[1] and ctx.gradients.defer(later)
         dw = product() if ctx.needs_input_grad[1] and not waits else None
