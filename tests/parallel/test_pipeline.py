@@ -13,6 +13,8 @@ from tozan.layout import Layout, split_layers
 from tozan.models.arithmetic import Shape
 from tozan.parallel import apply as door
 from tozan.parallel import pipeline, recompute
+from tozan.parallel.data import DataParallel
+from tozan.parallel.zero import Zero
 
 WIDTH = 16
 LAYERS = 6
@@ -46,15 +48,13 @@ def micro_batches(shape, count):
 
 
 def single(shape, inputs, targets, factor, dtype=torch.float32):
-    """Losses and gradients of one process, two steps of which only the second's gradients are kept."""
+    """Losses and gradients of one process."""
     model = create(shape, dtype)
-    merge = pipeline.separate_head(model)
     losses = []
     for x, y in zip(inputs, targets, strict=True):
         loss = model(x, y)
         (loss * factor).backward()
         losses.append(loss.detach())
-    merge()
     return torch.stack(losses), {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -138,6 +138,44 @@ def with_tensor_parallelism(layout, name, schedule, sequence):
 )
 def test_with_tensor_parallelism(layout, name, schedule, sequence):
     assert max(spawn(layout.world_size, with_tensor_parallelism, layout, name, schedule, sequence)) < 1e-10
+
+
+def three_dimensions(layout, zero):
+    """Data, pipeline and tensor parallelism together: worst relative difference from the single process in fp64."""
+    mesh, shape = Mesh.create(layout, timeout_s=30), SHAPES["gpt2"]
+    axis = mesh["dp"]
+    tokens, targets = batch(shape, 16)
+    inputs, targets = tokens.split(2), targets.split(2)
+    expected, gradients = single(shape, inputs, targets, 0.5, torch.float64)
+    mine = range(axis.index, len(inputs), axis.size)
+    plan = schedules.create("1f1b", layout.pp, len(mine))
+    layers = split_layers(shape.layers, layout.pp)
+    model, placements, ready = stage_of(shape, mesh, plan, layers, dtype=torch.float64)
+    named = dict(model.named_parameters())
+    replicas = Zero(model, axis, 1) if zero else DataParallel(named, axis)
+    for _ in range(2):
+        outcome = ready.step([inputs[m] for m in mine], [targets[m] for m in mine], 0.5)
+        door.synchronize(named, placements, mesh)
+        replicas.begin(last=True)
+        replicas.finish()
+        summed = dict(replicas.whole({name: p.grad for name, p in replicas.parameters.items()}))
+        model.zero_grad()
+    found = [distance(outcome.losses, expected[axis.index :: axis.size])]
+    for parameter in placements:
+        found.append(distance(summed[parameter], placements[parameter].take(gradients[parameter])))
+    return max(found)
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero"),
+    [
+        (Layout(pp=2, dp=2, tp=2), False),
+        (Layout(pp=2, dp=2, tp=2), True),
+        (Layout(pp=2, dp=2, tp=2, scheme="2.5d", tp_depth=2), True),
+    ],
+)
+def test_three_dimensions(layout, zero):
+    assert max(spawn(layout.world_size, three_dimensions, layout, zero)) < 1e-10
 
 
 def slow_blocks(schedule, count):

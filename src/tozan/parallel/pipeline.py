@@ -5,8 +5,7 @@ backward its input's gradient back, while the next action runs. Each product is 
 operands, and every schedule adds gradients up in the order of the micro-batches, so losses and gradients are the
 single process's to the bit.
 
-A tied embedding is on the first stage and on the last. Each adds up its own gradient, and both get the sum of the two
-(`Pipeline.tie`). To have the same bits, a single process must not mix the two sums: see `separate_head`.
+A tied embedding is on the first stage and on the last; its gradient is made as one process would (`tied.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tozan.comm import Axis, collectives
 from tozan.parallel.mail import Mail
 from tozan.parallel.placement import Placement
+from tozan.parallel.tied import TiedEmbedding, frozen
 from tozan.parallel.weight_gradients import WeightGradients
 from tozan.schedules import Action, Schedule, Step
 
@@ -101,43 +101,6 @@ def cut(model: nn.Module, layers: Layers, stage: int) -> Part:
     return Part(layers, stage, tied)
 
 
-class TiedHead(nn.Module):
-    """The tied embedding's weight under another leaf: the same memory, a gradient of its own, no parameter."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        assert isinstance(embedding.weight, nn.Parameter)
-        self._embedding = [embedding]  # in a list, so that it is no submodule of this one
-        self.__dict__["weight"] = embedding.weight.detach().requires_grad_()
-
-    def merge(self) -> None:
-        """Adds this gradient to the embedding's, and forgets it."""
-        weight = self._embedding[0].weight
-        assert isinstance(weight, nn.Parameter)
-        mine = self.__dict__["weight"]
-        if mine.grad is not None and weight.grad is not None:
-            weight.grad.add_(mine.grad)
-        elif mine.grad is not None:
-            weight.grad = mine.grad
-        mine.grad = None
-
-
-def separate_head(model: nn.Module) -> Callable[[], None]:
-    """Let a whole model with a tied embedding add up the gradients of its two uses apart, as a pipeline does.
-
-    Sums over micro-batches then have the same order, and so the same bits, in every pipeline and in one process. It
-    costs one more gradient of the embedding. Call it last, after everything that replaces layers or parameters.
-
-    Returns:
-        What to call after the last micro-batch: adds the two up. It does nothing for a model whose head is not tied.
-    """
-    if getattr(model, "head", None) is not None or getattr(model, "embed", None) is None:
-        return lambda: None
-    tied = TiedHead(model.embed)  # type: ignore[arg-type]
-    model.head = tied
-    return tied.merge
-
-
 class Pipeline:
     """One stage, ready to run its list of the schedule.
 
@@ -176,8 +139,7 @@ class Pipeline:
             self._gradients.bind(model)
         blocks = dict(model.blocks.named_children())  # type: ignore[union-attr]
         self._chunks = [[blocks[str(number)] for number in piece] for piece in layers[self.stage]]
-        self._is_tied = part.tied
-        self._merge = separate_head(model) if axis.size == 1 else lambda: None
+        self._is_tied = part.tied and axis.size > 1
 
     def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], factor: float) -> Outcome:
         """Forward and backward of all micro-batches; gradients are added to the parameters' `.grad`.
@@ -192,18 +154,19 @@ class Pipeline:
         """
         if len(inputs) != self.schedule.microbatches:
             raise ValueError(f"{len(inputs)} micro-batches for a schedule of {self.schedule.microbatches}")
-        run = _Step(self, inputs, targets, factor, self._mail(self.schedule, inputs))
+        run = _Step(self, inputs, targets, factor)
         begin = time.perf_counter()
         steps = []
-        for action in self.schedule.actions[self.stage]:
-            gathered = run.receive(action)
+        for number, action in enumerate(self.schedule.actions[self.stage]):
+            run.prepare(number)
+            arrived = run.receive(action)
             start = time.perf_counter()
-            run.do(action, gathered)
+            run.do(action, arrived)
             steps.append(Step(self.stage, action, start - begin, time.perf_counter() - begin))
-        run.mail.close()
-        self._tie()
+        run.finish()
         losses = self._spread(run.losses)
         busy = sum(step.end - step.start for step in steps)
+        busy += 0.0 if run.tied is None else run.tied.seconds
         return Outcome(losses, steps, busy, time.perf_counter() - begin - busy)
 
     @torch.no_grad()
@@ -216,10 +179,10 @@ class Pipeline:
         losses = torch.zeros(len(inputs), dtype=self._dtype, device=inputs[0].device)
         for action in forwards:
             _, microbatch, chunk = action
-            x = inputs[microbatch] if self.first(chunk) else mail.collect(action)
-            y = self.forward(chunk, x, targets[microbatch])
+            x = self.begin(inputs[microbatch]) if self.first(chunk) else mail.collect(action)
+            y = self.forward(chunk, x)
             if self.last(chunk):
-                losses[microbatch] = y
+                losses[microbatch] = self.end(y, targets[microbatch])
             else:
                 mail.post(action, y)
         mail.close()
@@ -236,25 +199,10 @@ class Pipeline:
     def share(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
         """Placements that say that a tied embedding is on two stages; the first counts as its owner."""
         shared = dict(placements)
-        if self._is_tied and self.axis.size > 1 and "embed.weight" in shared:
+        if self._is_tied and "embed.weight" in shared:
             old = shared["embed.weight"]
             shared["embed.weight"] = dataclasses.replace(old, replicated_over=(*old.replicated_over, "pp"))
         return shared
-
-    def _tie(self) -> None:
-        """Give the first and the last stage the sum of their gradients of a tied embedding."""
-        self._merge()
-        ends = 0, self.axis.size - 1
-        if not self._is_tied or self.axis.size == 1 or self.stage not in ends:
-            return
-        gradient = self.model.embed.weight.grad  # type: ignore[union-attr]
-        assert isinstance(gradient, Tensor)
-        other = torch.empty_like(gradient)
-        peer = ends[0] if self.stage else ends[1]
-        sending = collectives.send_async(gradient.clone(), self.axis, peer, name="tied embedding")
-        collectives.recv(other, self.axis, peer, name="tied embedding")
-        sending.wait()
-        gradient.add_(other)
 
     def first(self, chunk: int) -> bool:
         """Whether a chunk of this stage begins the model."""
@@ -264,25 +212,41 @@ class Pipeline:
         """Whether a chunk of this stage ends the model."""
         return self.stage == self.schedule.stages - 1 and chunk == self.schedule.chunks - 1
 
-    def forward(self, chunk: int, x: Tensor, targets: Tensor) -> Tensor:
-        """A chunk's output: of tokens or activations, activations or the summed loss."""
+    def begin(self, tokens: Tensor) -> Tensor:
+        """The model's embedded tokens; of a tied embedding without its part in the graph."""
+        with self._autocast(), frozen(self.model.embed if self._is_tied else None):  # type: ignore[arg-type]
+            return self.model.embed_tokens(tokens)  # type: ignore[no-any-return, operator]
+
+    def forward(self, chunk: int, x: Tensor) -> Tensor:
+        """Activations after a chunk's blocks."""
         with self._autocast():
-            if self.first(chunk):
-                x = self.model.embed_tokens(x)  # type: ignore[operator]
             for block in self._chunks[chunk]:
                 x = block(x)
-            return self.model.output(x, targets) if self.last(chunk) else x  # type: ignore[operator]
+            return x
+
+    def end(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss; of a tied embedding without its part in the graph."""
+        with self._autocast(), frozen(self.model.embed if self._is_tied else None):  # type: ignore[arg-type]
+            return self.model.output(x, targets)  # type: ignore[no-any-return, operator]
 
 
 class _Step:
     """The tensors of one step: what forward passes left for backward passes."""
 
-    def __init__(
-        self, pipeline: Pipeline, inputs: Sequence[Tensor], targets: Sequence[Tensor], factor: float, mail: Mail
-    ) -> None:
-        self.pipeline, self.inputs, self.targets, self.factor, self.mail = pipeline, inputs, targets, factor, mail
+    def __init__(self, pipeline: Pipeline, inputs: Sequence[Tensor], targets: Sequence[Tensor], factor: float) -> None:
+        self.pipeline, self.inputs, self.targets, self.factor = pipeline, inputs, targets, factor
+        self.mail = pipeline._mail(pipeline.schedule, inputs)
         self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.losses = torch.zeros(len(inputs), dtype=pipeline._dtype, device=inputs[0].device)
+        self.tied: TiedEmbedding | None = None
+        if pipeline._is_tied and pipeline.stage in (0, pipeline.schedule.stages - 1):
+            arguments = inputs, targets, factor, pipeline._autocast
+            self.tied = TiedEmbedding(pipeline.model, pipeline.axis, pipeline.schedule, *arguments)
+
+    def prepare(self, number: int) -> None:
+        """What a tied embedding has to do before the action of this number."""
+        if self.tied is not None:
+            self.tied.before(number)
 
     def receive(self, action: Action) -> Tensor | None:
         """Wait for what an action needs from another stage."""
@@ -302,15 +266,30 @@ class _Step:
             self._backward(action, arrived)
             self.pipeline._gradients.end()
 
+    def finish(self) -> None:
+        """After the last action."""
+        self.mail.close()
+        if self.tied is not None:
+            self.tied.finish()
+
     def _forward(self, action: Action, arrived: Tensor | None) -> None:
         pipeline, (_, microbatch, chunk) = self.pipeline, action
-        x = self.inputs[microbatch] if arrived is None else arrived.requires_grad_()
-        y = pipeline.forward(chunk, x, self.targets[microbatch])
-        self.held[microbatch, chunk] = x, y
-        if pipeline.last(chunk):
-            self.losses[microbatch] = y.detach()
+        if arrived is not None:
+            x = arrived.requires_grad_()
         else:
+            x = pipeline.begin(self.inputs[microbatch])
+            if self.tied is not None:
+                x = x if x.requires_grad else x.requires_grad_()
+                x.retain_grad()
+        y = pipeline.forward(chunk, x)
+        if not pipeline.last(chunk):
             self.mail.post(action, y.detach())
+        else:
+            if self.tied is not None:
+                self.tied.keep(microbatch, y)
+            y = pipeline.end(y, self.targets[microbatch])
+            self.losses[microbatch] = y.detach()
+        self.held[microbatch, chunk] = x, y
 
     def _backward(self, action: Action, arrived: Tensor | None) -> None:
         pipeline, (_, microbatch, chunk) = self.pipeline, action
@@ -322,3 +301,6 @@ class _Step:
         if not pipeline.first(chunk):
             assert x.grad is not None
             self.mail.post(action, x.grad)
+        elif self.tied is not None:
+            assert x.grad is not None
+            self.tied.send(x.grad)

@@ -84,8 +84,8 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         """The summed loss."""
         wide = _at_least_fp32(dtype)
-        dx = torch.empty_like(x, dtype=wide)
-        dweight = torch.zeros_like(weight, dtype=wide)
+        dx = torch.empty_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         loss = _pass(x, weight, targets, head, vocabulary, dtype, dx, dweight)
         ctx.save_for_backward(dx, dweight)
         ctx.dtypes = x.dtype, weight.dtype
@@ -93,12 +93,13 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """Scales the gradients in place; autograd's version counter refuses a second backward."""
         dx, dweight = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        scaled = dx.mul_(gradients[0]).to(x_dtype), dweight.mul_(gradients[0]).to(weight_dtype)
-        return *scaled, None, None, None, None
+        scaled_x = None if dx is None else dx.mul_(gradients[0]).to(x_dtype)
+        scaled_weight = None if dweight is None else dweight.mul_(gradients[0]).to(weight_dtype)
+        return scaled_x, scaled_weight, None, None, None, None
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -129,11 +130,15 @@ def _pass(
             rows = slice(start, start + chunk)
             tokens = x[rows].to(dtype)
             logits = head.logits(tokens, weight)
-            loss, gradient = softmax_loss(logits, targets[rows], head.axis.index * part, head.axis, dx is not None)
+            wanted = dx is not None or dweight is not None
+            loss, gradient = softmax_loss(logits, targets[rows], head.axis.index * part, head.axis, wanted)
             losses.append(loss)
-            if gradient is not None and dx is not None and dweight is not None:
-                gradient = gradient.to(again)
+            if gradient is None:
+                continue
+            gradient = gradient.to(again)
+            if dx is not None:
                 dx[rows] = head.input_gradient(gradient, weight_again)
+            if dweight is not None:
                 dweight += head.weight_gradient(gradient, tokens.to(again))
     return torch.cat(losses).sum()
 
