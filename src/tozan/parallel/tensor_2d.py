@@ -18,6 +18,8 @@ the transpose of SUMMA's block (i, j).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,15 +42,17 @@ class SummaLinear(nn.Module):
         super().__init__()
         self.weight = parameters["weight"]
         self.bias = parameters.get("bias")
-        self._grid = grid
+        self.grid = grid
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = self._product
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's block of the product, in autocast's type if that is on."""
+        return self.product(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = compute_dtype(x)
-        y = summa(x.flatten(0, -2).to(dtype), self.weight.to(dtype).T, self._grid)
-        if self.bias is not None:
-            y = y + self.bias.to(dtype)
-        return y.view(*x.shape[:-1], -1)
+        y = summa(x.to(dtype), weight.to(dtype).T, self.grid)
+        return y if bias is None else y + bias.to(dtype)
 
 
 class GridEmbedding(nn.Module):

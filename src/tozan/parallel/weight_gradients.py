@@ -10,15 +10,69 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tozan.parallel.summa import Grid, product_nn, product_nt, product_tn
 from tozan.parallel.tensor_1d import ColumnParallelLinear, RowParallelLinear
+from tozan.parallel.tensor_2d import SummaLinear
 from tozan.parallel.vocabulary import compute_dtype
+
+
+class Products(Protocol):
+    """The three products of a linear layer, none of which tracks gradients; x and dy are (N, ·)."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + b."""
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy·W."""
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dyᵀ·x."""
+
+
+class LocalProducts:
+    """Those of one rank's own operands."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + b."""
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy·W."""
+        return dy @ weight
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dyᵀ·x."""
+        return dy.T @ x
+
+
+class SummaProducts:
+    """Those of blocks on a grid, where W is stored as the transpose of SUMMA's block."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + b."""
+        y = product_nn(x, weight.T, self._grid)
+        return y if bias is None else y + bias
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy·W."""
+        return product_nt(dy, weight.T, self._grid)
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dyᵀ·x."""
+        return product_tn(x, dy, self._grid).T
+
+
+LOCAL = LocalProducts()
 
 
 class WeightGradients:
@@ -33,12 +87,15 @@ class WeightGradients:
         for module in model.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 module.product = self.linear
+            elif isinstance(module, SummaLinear):
+                module.product = partial(self.linear, products=SummaProducts(module.grid))
             elif isinstance(module, nn.Linear):
                 module.forward = partial(_forward, module, self)  # type: ignore[method-assign]
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, products: Products = LOCAL) -> Tensor:
         """`F.linear`, whose weight gradient waits if `begin` was called by the time of its backward pass."""
-        return _Linear.apply(x, weight, bias, self, compute_dtype(x))  # type: ignore[no-any-return, no-untyped-call]
+        dtype = compute_dtype(x)
+        return _Linear.apply(x, weight, bias, self, products, dtype)  # type: ignore[no-any-return, no-untyped-call]
 
     def begin(self, key: Hashable) -> None:
         """From now on weight gradients wait, under this key."""
@@ -71,34 +128,40 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradients: WeightGradients, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradients: WeightGradients,
+        products: Products,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The product in `dtype`; keeps x in that type, and the weight as it is."""
-        ctx.x_dtype, ctx.gradients = x.dtype, gradients
+        ctx.x_dtype, ctx.gradients, ctx.products = x.dtype, gradients, products
         ctx.bias_dtype = None if bias is None else bias.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         ctx.leaf = weight
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return products.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
         """The input's gradient, and the weight's unless it waits."""
         x, weight = ctx.saved_tensors
         dy = gradients[0].flatten(0, -2)
-        dx = (dy @ weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
+        dx = ctx.products.input_gradient(dy, weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
         db = None if ctx.bias_dtype is None else dy.sum(0).to(ctx.bias_dtype)
-        leaf = ctx.leaf
+        leaf, products = ctx.leaf, ctx.products
 
         def product() -> Tensor:
-            made: Tensor = (dy.T @ x.flatten(0, -2)).to(weight.dtype)
-            return made
+            made: Tensor = products.weight_gradient(dy, x.flatten(0, -2))
+            return made.to(weight.dtype)
 
         def later() -> None:
             torch.autograd.backward(leaf, product())  # adds to `.grad`, and calls whoever waits for it
 
         waits = ctx.needs_input_grad[1] and ctx.gradients.defer(later)
         dw = product() if ctx.needs_input_grad[1] and not waits else None
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
