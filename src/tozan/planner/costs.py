@@ -48,7 +48,7 @@ def step(job: Job, c: Candidates) -> Cost:
     """Price one step of every candidate."""
     stage = stages(job, c)
     microbatches = job.global_batch / (c.dp * c.micro_batch)
-    send = _message(job, c) * (1 - job.stack.pp_overlap)
+    send = message(job, c) * (1 - job.stack.pp_overlap)
     passes = stage.forward + stage.backward + 2 * send * c.chunks
     uneven = job.shape.layers % (c.pp * c.chunks) != 0
     shorter = np.where(uneven, _blocks(stage) / layers_of(job.shape, c) * c.chunks, 0.0)
@@ -81,9 +81,10 @@ def stages(job: Job, c: Candidates) -> Stage:
     backward = layers * (sum(one.backward.values()) + sum(one.again.values()))
     ahead, back = layer.operations(job)
     full = np.where(c.recompute == 2, ahead, 0.0)
-    gathers = 4 * (c.tp > 1)
+    gathers = 2 * layer.COLLECTIVE * (c.tp > 1)
+    again = np.where(c.recompute == 2, gathers, 0)
     host = job.machine.device.host
-    issue, issue_back = layers * (ahead + gathers) * host, layers * (back + full + 2 * gathers) * host
+    issue, issue_back = layers * (ahead + gathers) * host, layers * (back + full + gathers + again) * host
     waits = np.maximum(0.0, issue - forward) + np.maximum(0.0, issue_back - backward)
     head, embedding = _ends(job, c)
     kinds = {kind: layers * (one.forward[kind] + one.backward[kind] + one.again[kind]) for kind in KINDS}
@@ -141,7 +142,7 @@ def _ends(job: Job, c: Candidates) -> tuple[Floats, Floats]:
     return (head + joined + 12 * device.launch) * job.stack.slowdown, embedding
 
 
-def _message(job: Job, c: Candidates) -> Floats:
+def message(job: Job, c: Candidates) -> Floats:
     """Seconds of one message between neighbouring stages."""
     cut = (c.sequence_parallel > 0) | (c.grid > 0) | job.stack.scatter_gather
     moved = layer.tokens(job, c) * job.shape.width * job.item / np.where(cut, c.tp, 1)

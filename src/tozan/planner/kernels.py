@@ -43,7 +43,8 @@ def gemm(device: Device, precision: Precision, m: Sizes, n: Sizes, k: Sizes, bat
         seconds = waves * (2.0 * rows * columns * (k / cuts + spec.k_half)) / (unit_rate * speed)
         best = np.minimum(best, seconds)
     if spec.align > 1:
-        best = best * np.where((n % spec.align != 0) | (k % spec.align != 0), spec.misaligned, 1.0)
+        odd = (batch > 1) & ((n % spec.align != 0) | (k % spec.align != 0))
+        best = best * np.where(odd, spec.misaligned, 1.0)
     moved = ITEM[precision] * batch * (m * k + k * n + m * n)
     return np.maximum(best, memory(device, moved)) + device.launch
 

@@ -16,6 +16,9 @@ from tozan.planner.candidates import Candidates, Floats
 from tozan.planner.machine import Machine, Precision
 from tozan.planner.stacks import Stack
 
+COLLECTIVE = 2.0
+"""Host work of one tensor-parallel collective, in operations: an autograd function, its checks, streams and the launch.
+Fitted to calibration rows."""
 KINDS = ("matrix", "attention", "elementwise", "tensor")
 
 

@@ -41,7 +41,7 @@ class Gemm(_Table):
     align: Natural = 1
     """Matrix units want rows of memory whose length is a multiple of this many elements."""
     misaligned: Above = 1.0
-    """By how much a product is slower that is not so aligned."""
+    """By how much batched products (attention without fusion) are slower if they are not: no matrix units then."""
     attention: Share = 0.5
     """Fraction of the peak that fused (flash) attention reaches."""
 

@@ -222,7 +222,8 @@ def _bloom(table: str, machines: Machines) -> Iterator[Case]:
         width, layers, heads, sequence, vocabulary = _sizes(row, "hidden", "layers", "heads", "seq", "vocab")
         tp, pp, dp, micro, batch = _sizes(row, "tp", "pp", "dp", "micro_batch", "global_batch")
         machine = machines("a100-80").changed(network=JEAN_ZAY_NETWORK)
-        shape = gpt(width, layers, heads, sequence, vocabulary)
+        padded = -(-vocabulary // (128 * tp)) * 128 * tp  # as Megatron does, so that matrix units are filled
+        shape = gpt(width, layers, heads, sequence, padded)
         job = Job(shape, machine, stacks.MEGATRON_DEEPSPEED, batch)
         layout = candidates(tp=tp, pp=pp, dp=dp, micro_batch=micro, zero=int(row["zero"]), recompute="full")
         label = f"{row['line']} h{width} L{layers} a{heads} pp{pp} dp{dp} b{micro}"
