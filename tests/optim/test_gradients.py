@@ -8,9 +8,10 @@ from tozan.optim.gradients import (
     SEGMENT,
     clip_factor,
     gradient_norm,
-    norm_of_squares,
+    norm_of_sums,
     scale_gradients,
     segment_squares,
+    sums_of_squares,
 )
 
 
@@ -58,4 +59,4 @@ def test_the_norm_has_the_same_bits_wherever_a_parameter_is_cut_at_segments(dtyp
     whole = segment_squares(gradient)
     for cut in (SEGMENT, 7 * SEGMENT, 10 * SEGMENT):
         assert torch.equal(torch.cat((segment_squares(gradient[:cut]), segment_squares(gradient[cut:]))), whole)
-    assert norm_of_squares({"a": whole}).value == pytest.approx(float(gradient.double().norm()), rel=1e-7)
+    assert norm_of_sums(sums_of_squares({"a": whole})).value == pytest.approx(float(gradient.double().norm()), rel=1e-7)

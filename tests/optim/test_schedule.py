@@ -49,7 +49,6 @@ def test_cosine_agrees_with_torch():
 def test_wsd_holds_the_peak_until_its_decay():
     got = rates(Optim(lr=1.0, schedule="wsd", warmup=10, decay=20), 100)
     assert got[9:80] == [1.0] * 71
-    assert got[80] == 1.0
-    assert got[81] < 1.0
+    assert got[80] == pytest.approx(0.95)
     assert got[99] == 0.0
     assert math.isclose(got[0], 0.1)

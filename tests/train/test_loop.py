@@ -77,7 +77,7 @@ def test_a_finished_run_has_nothing_left_to_do(configure):
 
 def test_too_many_bad_steps_in_a_row_end_the_run(configure):
     run = assemble(configure("--train.max_bad_steps=2", "--train.steps=50"))
-    run.parameters["norm.weight"].register_hook(lambda gradient: gradient * math.nan)
+    run.split.sync.parameters["norm.weight"].register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(UserError, match="3 steps in a row") as caught:
         fit(run)
     assert "optim.lr" in str(caught.value)
@@ -105,7 +105,9 @@ def test_evaluations_happen_when_due_and_equal_plain_cross_entropy(configure):
     assert evals[-1]["perplexity"] == pytest.approx(torch.tensor(expected).exp().item(), rel=1e-4)
     assert evals[-1]["tokens"] == 4 * 32
     assert evaluate(result.folder, samples=4)["loss"] == pytest.approx(expected, rel=1e-5)
-    assert held_out(run.model, run.validation, 4, 3, run.precision)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert held_out(run.split.model.eval(), run.validation, 4, 3, run.precision)["loss"] == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(configure):

@@ -52,10 +52,10 @@ def test_half_precision_follows_fp32(configure, precision):
 def test_an_fp16_overflow_shrinks_the_scale_and_is_no_bad_step(configure):
     run = assemble(configure("--train.precision=fp16"))
     run.precision.scale = 2.0**40  # fp16 ends at 65,504
-    weights = {name: p.detach().clone() for name, p in run.parameters.items()}
+    weights = {name: p.detach().clone() for name, p in run.split.sync.parameters.items()}
     result = train_step(run, Clock())
     assert result.overflow
     assert result.skipped
     assert math.isfinite(result.loss)
     assert run.precision.scale == 2.0**39
-    assert all(torch.equal(p, weights[name]) for name, p in run.parameters.items())
+    assert all(torch.equal(p, weights[name]) for name, p in run.split.sync.parameters.items())

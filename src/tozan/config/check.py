@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ def check(config: Config, world_size: int | None = None, origin: Mapping[str, st
         origin: where each value comes from, by `table.key`.
     """
     found = broken(config, origin or {}, warnings=False)
-    if world_size is not None and config.layout.data != world_size:
-        found.append(processes(config.layout.data, world_size, origin or {}))
+    if world_size is not None and config.layout.processes != world_size:
+        found.append(processes(config, world_size, origin or {}))
     return found
 
 
@@ -79,12 +80,21 @@ def _rank(place: str) -> tuple[int, int, str]:
     return 2 if place.startswith("preset ") else 1, 0, place
 
 
-def processes(data: int, world_size: int, origin: Mapping[str, str]) -> Problem:
-    """The problem with a layout that needs `data` processes in a run that has `world_size`."""
-    count = "1 process" if data == 1 else f"{data} processes"
-    what = f"layout.data {data} needs {count}, this run has {world_size}"
-    fix = f"start {count} (torchrun --nproc-per-node {data} ...), or set layout.data = {world_size}"
-    return Problem(places(origin, ["layout.data"]), what, fix)
+SIZES = ("data", "tensor", "pipeline")
+"""Sizes of a layout; their product is the number of processes."""
+
+
+def processes(config: Config, world_size: int, origin: Mapping[str, str]) -> Problem:
+    """The problem with a layout that needs another number of processes than a run has."""
+    layout = config.layout
+    sizes = [f"layout.{name} {getattr(layout, name)}" for name in SIZES if getattr(layout, name) > 1]
+    count = "1 process" if layout.processes == 1 else f"{layout.processes} processes"
+    what = f"{' × '.join(sizes) or 'layout.data 1'} needs {count}, this run has {world_size}"
+    others = layout.tensor * layout.pipeline
+    fix = f"start {count} (torchrun --nproc-per-node {layout.processes} -m tozan train ...)"
+    if world_size % others == 0:
+        fix += f", or set layout.data = {world_size // others}"
+    return Problem(places(origin, [f"layout.{name}" for name in SIZES]), what, fix)
 
 
 def _divisors_near(number: int, wish: int) -> str:
@@ -195,6 +205,42 @@ def min_lr_has_effect(config: Config) -> Iterator[Finding]:
             f'optim.min_lr {config.optim.min_lr:g} has no effect with schedule "constant"',
             "leave min_lr out, or write another schedule",
         )
+
+
+@_rule("layout.tensor", "layout.scheme", "layout.depth")
+def grid_is_square(config: Config) -> Iterator[Finding]:
+    """2D lies on q × q processes, 2.5D on q × q × depth; 1D has no depth."""
+    layout = config.layout
+    if layout.scheme != "2.5d" and layout.depth > 1:
+        yield f"layout.depth {layout.depth} belongs to scheme 2.5d, not {layout.scheme}", "write depth = 1"
+    elif layout.scheme != "1d" and layout.depth * math.isqrt(layout.tensor // layout.depth) ** 2 != layout.tensor:
+        side = max(1, math.isqrt(layout.tensor // layout.depth))
+        near = [layout.depth * q * q for q in (side, side + 1)]
+        grid = "q × q" if layout.scheme == "2d" else f"depth {layout.depth} × q × q"
+        yield f"layout.tensor {layout.tensor} is not {grid} for any whole q", f"write tensor = {_either(near)}"
+
+
+@_rule("layout.zero", "layout.zero_group", "layout.data", "layout.pipeline")
+def zero_has_replicas(config: Config) -> Iterator[Finding]:
+    """ZeRO shares between replicas; a pipeline keeps whole gradients between its micro-batches."""
+    layout, group = config.layout, config.layout.zero_group
+    if group is not None and layout.zero == 0:
+        yield f"layout.zero_group {group} with zero 0: nothing is shared", "write zero = 1, or leave zero_group out"
+    elif group is not None and layout.data % group:
+        rest = f"layout.data {layout.data} ÷ zero_group {group} leaves {layout.data % group} over"
+        yield rest, f"write zero_group = {_divisors_near(layout.data, group)}"
+    if layout.zero >= 2 and layout.pipeline > 1:
+        what = (
+            f"layout.zero {layout.zero} with pipeline {layout.pipeline}, whose stages hold whole gradients in between"
+        )
+        yield what, "write zero = 1, or pipeline = 1"
+
+
+@_rule("layout.sequence_parallel", "layout.tensor")
+def sequences_have_ranks(config: Config) -> Iterator[Finding]:
+    """Sequence parallelism lies along the tensor-parallel processes."""
+    if config.layout.sequence_parallel and config.layout.tensor == 1:
+        yield "layout.sequence_parallel with tensor 1: nobody to share the tokens with", "leave it out, or tensor = 2"
 
 
 @_rule("metrics.profile")

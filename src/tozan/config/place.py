@@ -18,12 +18,15 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tozan.config.check import has_gpu, places, processes
+from tozan.config.check import SIZES, has_gpu, places, processes
 from tozan.config.schema import Config
 from tozan.errors import Problem
 from tozan.models import arithmetic
 
 Origin = Mapping[str, str]
+
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where torchrun, mpirun and srun write the number of processes."""
 
 
 def problems(
@@ -35,10 +38,10 @@ def problems(
         config: a config whose fields are each valid, but for those in `wrong`.
         origin: where each value comes from.
         wrong: keys already known to be wrong.
-        world_size: processes of this run; None: the environment's WORLD_SIZE, which torchrun sets, or 1.
+        world_size: processes of this run; None: what the launcher left in the environment, or 1.
     """
     found: list[Problem] = []
-    if "layout.data" not in wrong:
+    if not {f"layout.{name}" for name in SIZES} & set(wrong):
         found += _processes(config, origin, world_size)
     if "data.path" not in wrong:
         found += _data(config, origin, wrong)
@@ -49,15 +52,14 @@ def problems(
 
 def _processes(config: Config, origin: Origin, world_size: int | None) -> Iterator[Problem]:
     if world_size is None:
-        text = os.environ.get("WORLD_SIZE", "1")
+        name = next((name for name in WORLD_SIZES if name in os.environ), "WORLD_SIZE")
+        text = os.environ.get(name, "1")
         if not text.isdecimal() or int(text) < 1:
-            yield Problem(
-                "environment WORLD_SIZE", f"is {text!r}, but must be a whole number from 1", "unset WORLD_SIZE"
-            )
+            yield Problem(f"environment {name}", f"is {text!r}, but must be a whole number from 1", f"unset {name}")
             return
         world_size = int(text)
-    if config.layout.data != world_size:
-        yield processes(config.layout.data, world_size, origin)
+    if config.layout.processes != world_size:
+        yield processes(config, world_size, origin)
 
 
 def _data(config: Config, origin: Origin, wrong: Collection[str]) -> Iterator[Problem]:

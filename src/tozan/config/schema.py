@@ -71,11 +71,40 @@ class Data(Table):
     """A damaged member stops the run (`refuse`), or is replaced by the next good sample and counted (`skip`)."""
 
 
+Ranks = Annotated[int, Field(ge=1, le=1_000_000)]
+"""A number of processes along one axis."""
+
+
 class Layout(Table):
     """How a run is split over processes."""
 
-    data: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    """Data-parallel replicas."""
+    data: Ranks = 1
+    """Data-parallel replicas; each takes its share of every global batch."""
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    """What replicas share instead of copying (ZeRO): 1 optimizer state, 2 also gradients, 3 also parameters."""
+    zero_group: Annotated[Ranks, Field(examples=[4])] | None = None
+    """Share inside groups of this many neighbouring replicas and copy across groups. Default: all replicas."""
+    tensor: Ranks = 1
+    """Processes that share every matrix (tensor parallelism)."""
+    scheme: Literal["1d", "2d", "2.5d"] = "1d"
+    """How they share it: `1d` Megatron, `2d` SUMMA (tensor = q × q), `2.5d` Tesseract (tensor = q × q × depth)."""
+    depth: Ranks = 1
+    """Depth of the 2.5d grid."""
+    sequence_parallel: bool = False
+    """Split norms and the residual stream over the tokens as well (1d only): less memory, the same bytes sent."""
+    pipeline: Ranks = 1
+    """Pipeline stages; each holds some of the layers."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    chunks: Ranks = 1
+    """Pieces of the model on each stage (interleaved only)."""
+    timeout: Annotated[int, Field(ge=5, le=86_400)] = 120
+    """Seconds that a process may wait for others before the run is ended with a message that names who was late."""
+
+    @property
+    def processes(self) -> int:
+        """Processes of the whole run: data × tensor × pipeline."""
+        return self.data * self.tensor * self.pipeline
 
 
 class Train(Table):

@@ -19,8 +19,8 @@ class ScheduleTable(Protocol):
 def learning_rate(table: ScheduleTable, step: int, steps: int) -> float:
     """Learning rate of one optimizer step.
 
-    Warm-up rises linearly and reaches `lr` at step `warmup`; the last step (`steps - 1`) has `min_lr` for every
-    schedule but `constant`. `wsd` is warm-up, stable, decay (MiniCPM, arXiv 2404.06395, with a linear fall).
+    Warm-up rises linearly and reaches `lr` with its last step; the run's last step has `min_lr` for every schedule but
+    `constant`. `wsd` is warm-up, stable, decay (MiniCPM, arXiv 2404.06395): the last `decay` steps fall linearly.
 
     Args:
         table: the `[optim]` table.
@@ -33,7 +33,7 @@ def learning_rate(table: ScheduleTable, step: int, steps: int) -> float:
         return table.lr
     start = table.warmup
     if table.schedule == "wsd":
-        start = max(start, steps - (table.decay or max(1, steps // 5)))
+        start = max(start, steps - 1 - (table.decay or max(1, steps // 5)))
     if step < start:
         return table.lr
     progress = (step - start) / max(1, steps - 1 - start)

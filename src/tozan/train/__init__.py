@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from tozan.comm.launch import join
 from tozan.config import Loaded
 from tozan.train.evaluate import evaluate, held_out, open_model
 from tozan.train.faults import Interrupted
 from tozan.train.loop import Result, fit
-from tozan.train.run import Listener, Run, assemble
+from tozan.train.run import Listener, Run, assemble, shape_of
+from tozan.train.split import mesh_layout, require_fit
 
 __all__ = ["Interrupted", "Listener", "Result", "Run", "assemble", "evaluate", "fit", "held_out", "open_model", "train"]
 
@@ -25,4 +27,6 @@ def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
         UserError: config, data and checkpoint do not fit together, or the loss stayed not finite.
         Interrupted: a signal asked the run to stop; its state is saved.
     """
-    return fit(assemble(loaded), on_record)
+    require_fit(loaded.config, shape_of(loaded), loaded.origin.get("layout.data", "layout"))
+    with join(mesh_layout(loaded.config), timeout_s=loaded.config.layout.timeout) as mesh:
+        return fit(assemble(loaded, mesh), on_record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,23 @@ from tozan.models.arithmetic import Shape
 from tozan.train import machine
 from tozan.train.precision import Precision
 
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The summed loss of inputs and targets, both (B, T): a model, or a pipeline's forward passes."""
+
 
 @torch.no_grad()
 def held_out(
-    model: nn.Module, data: Dataset, samples: int, micro_batch: int, precision: Precision
+    score: Score, data: Dataset, samples: int, micro_batch: int, precision: Precision, whole: bool = False
 ) -> dict[str, float | int]:
     """Mean loss over the first `samples` windows of a split.
+
+    Args:
+        score: of a model in evaluation mode.
+        data: the split.
+        samples: windows to score, fewer if the split is smaller.
+        micro_batch: windows at a time.
+        precision: how to compute.
+        whole: leave out a last micro-batch that is not full, for layouts that cannot split it.
 
     Returns:
         `loss` in nats per token, `perplexity` = e^loss, `bits_per_byte` (comparable across tokenizers),
@@ -30,15 +42,14 @@ def held_out(
     """
     start = time.perf_counter()
     windows = torch.from_numpy(data.in_order(samples))
+    if whole:
+        windows = windows[: max(micro_batch, len(windows) - len(windows) % micro_batch)]
     total, tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
     for first in range(0, len(windows), micro_batch):
         piece = windows[first : first + micro_batch].to(precision.device)
         with precision.autocast():
-            total += model(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()).item()
+            total += score(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()).item()
         tokens += piece[:, 1:].numel()
-    model.train(was_training)
     loss = total / tokens
     return {
         "loss": loss,
@@ -98,4 +109,5 @@ def evaluate(
             )
         )
     device = next(model.parameters()).device
-    return {"step": meta["step"], **held_out(model, split, samples, 1, Precision(precision, device))}  # type: ignore[arg-type]
+    at_once = max(1, 4096 // meta["shape"]["sequence"])
+    return {"step": meta["step"], **held_out(model, split, samples, at_once, Precision(precision, device))}  # type: ignore[arg-type]

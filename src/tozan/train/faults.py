@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+import torch
+
+from tozan.comm import Mesh, collectives
 from tozan.errors import Problem, UserError
 
 
@@ -13,12 +16,16 @@ class StopSignal:
 
     A second one acts at once, as it would have without this. Only the main thread can catch signals; elsewhere
     (a notebook's worker thread) this does nothing.
+
+    Args:
+        mesh: ranks that must stop together; None for one process.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: Mesh | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._mesh = mesh
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -33,6 +40,15 @@ class StopSignal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop: a collective, so that all stop after the same step."""
+        if self._mesh is None or self._mesh.world_size == 1:
+            return self.received is not None
+        asked = torch.tensor([int(self.received is not None)])
+        if collectives.all_reduce(asked, self._mesh.everyone, name="stop?").item() and self.received is None:
+            self.received = signal.SIGTERM
+        return self.received is not None
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,22 +44,16 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
     """
     config = run.config
     synchronize = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
-    metrics = Metrics.open(run.folder, config, on_record)
-    saver = Saver(
-        run.checkpoints,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        background=config.checkpoint.background,
-    )
+    metrics = Metrics.open(run.folder, config, on_record) if run.writes else Metrics([])
     result, score = None, None
     try:
-        with saver, StopSignal() as stop, Profiler(config.metrics.profile, run.folder / "trace.json") as profiler:
+        with open_saver(run) as saver, StopSignal(run.split.mesh) as stop, open_profiler(run) as profiler:
             for event, text in run.notes:
                 metrics.write("event", run.step, event=event, text=text)
             if run.step == 0 and config.eval.every:
                 score = evaluate(run, metrics)
             bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize)
-            while run.step < config.train.steps and not stop.received:
+            while run.step < config.train.steps and not stop.agreed():
                 profiler.begin(run.step + 1)
                 result = train_step(run, clock)
                 advance(run, result)
@@ -69,17 +64,49 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 if due(run.step, config.eval.every) or last:
                     score = evaluate(run, metrics)
                     clock.mark("evaluation")
-                if due(run.step, config.checkpoint.every) or last or stop.received:
-                    saver.save(run.state())
-                    metrics.write("event", run.step, event="checkpoint", text=f"step {run.step}")
+                if due(run.step, config.checkpoint.every) or last:
+                    save(run, saver, metrics)
                     clock.mark("checkpoint")
-            saver.wait()
-            if stop.received:
+            if stop.received and run.step < config.train.steps:
+                if not due(run.step, config.checkpoint.every):
+                    save(run, saver, metrics)
                 metrics.write("event", run.step, event="stopped", text=stop.received.name)
+                if saver:
+                    saver.wait()
                 raise Interrupted(stop.received, run.step)
     finally:
         metrics.close()
+        write_ledger(run)
     return Result(run.folder, run.step, result.loss if result else None, score)
+
+
+def open_saver(run: Run) -> AbstractContextManager[Saver | None]:
+    """Rank 0's writer of checkpoints; the other ranks have none."""
+    if not run.writes:
+        return nullcontext()
+    table = run.config.checkpoint
+    return Saver(run.checkpoints, keep_last=table.keep_last, keep_every=table.keep_every, background=table.background)
+
+
+def open_profiler(run: Run) -> Profiler:
+    """Rank 0's tracer, if a trace is asked for."""
+    return Profiler(run.config.metrics.profile if run.writes else (), run.folder / "trace.json")
+
+
+def save(run: Run, saver: Saver | None, metrics: Metrics) -> None:
+    """Save the run's state: every rank gives its part, rank 0 writes."""
+    state = run.state()
+    if saver:
+        saver.save(state)
+    metrics.write("event", run.step, event="checkpoint", text=f"step {run.step}")
+
+
+def write_ledger(run: Run) -> None:
+    """Leave what this rank has said to whom in the run's folder; alone there is nothing to tell."""
+    if not run.split.alone:
+        folder, rank = run.folder / "ledger", run.split.mesh.rank
+        folder.mkdir(exist_ok=True)
+        run.split.mesh.ledger.write(folder / f"rank-{rank:06d}.jsonl", rank)
 
 
 def due(step: int, every: int) -> bool:
@@ -135,6 +162,16 @@ def evaluate(run: Run, metrics: Metrics) -> dict[str, float | int] | None:
     """Write and return the held-out score; None without a held-out split."""
     if run.validation is None:
         return None
-    score = held_out(run.model, run.validation, run.config.eval.samples, run.micro_batch, run.precision)
+    model, stage = run.split.model, run.split.stage
+    model.eval()
+    score = held_out(
+        (lambda inputs, targets: stage.evaluate([inputs], [targets])[0]) if stage else model,
+        run.validation,
+        run.config.eval.samples,
+        run.micro_batch,
+        run.precision,
+        whole=run.config.layout.scheme != "1d",
+    )
+    model.train()
     metrics.write("eval", run.step, **score)
     return score

@@ -29,15 +29,16 @@ def keep_freed_memory() -> bool:
     return all(accepted)
 
 
-def prepare(threads: int, deterministic: bool) -> None:
+def prepare(threads: int | None, deterministic: bool) -> None:
     """Set this process up for training: allocator, thread count, determinism.
 
     Args:
-        threads: threads for computing; 0 means every core this process may run on.
+        threads: threads for computing; 0 means every core this process may run on, None leaves them as they are.
         deterministic: refuse operations whose bits differ from run to run.
     """
     keep_freed_memory()
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if threads is not None:
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     torch.use_deterministic_algorithms(deterministic)
     # Filling fresh memory with NaN is a debugging aid of that mode; it would double the memory traffic.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -34,6 +34,11 @@ class Clock:
         self._phases[phase] = self._phases.get(phase, 0.0) + now - self._last
         self._last = now
 
+    def move(self, phase: str, to: str, seconds: float) -> None:
+        """Charge `seconds` of a phase to another one."""
+        self._phases[phase] -= seconds
+        self._phases[to] = self._phases.get(to, 0.0) + seconds
+
     def lap(self) -> tuple[float, dict[str, float]]:
         """Seconds since the last lap and their phases in seconds; starts a new lap."""
         self.mark("other")

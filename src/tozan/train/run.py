@@ -6,25 +6,26 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 import tozan
-from tozan import checkpoint, files, models
+from tozan import checkpoint, files
 from tozan.checkpoint import State
+from tozan.comm import Mesh
 from tozan.config import Config, Loaded
 from tozan.data import Dataset, Manifest
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
-from tozan.optim.adamw import AdamW
-from tozan.parallel import recompute
+from tozan.optim.adamw import SLOTS, AdamW
 from tozan.train import machine
 from tozan.train.precision import Precision
+from tozan.train.split import Split, build, mesh_layout
 
 FLOPS_FORMULA = (
     "3 × forward per token; forward = 2 × weights of all products + 4 × layers × sequence × width (causal half counted)"
@@ -33,7 +34,7 @@ FLOPS_FORMULA = (
 
 @dataclass
 class Run:
-    """Everything a step needs. `step`, `samples` and `tokens` count what is done, over all resumes."""
+    """Everything a step needs. `step`, `samples` and `tokens` count what is done, over all resumes and replicas."""
 
     config: Config
     folder: Path
@@ -41,8 +42,7 @@ class Run:
     device: torch.device
     data: Dataset
     validation: Dataset | None
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
+    split: Split
     optimizer: AdamW
     precision: Precision
     peak_flops: float
@@ -60,8 +60,14 @@ class Run:
         return self.config.train.micro_batch
 
     @property
+    def accumulate(self) -> int:
+        """Micro-batches of this process in one step."""
+        assert self.config.train.accumulate is not None
+        return self.config.train.accumulate
+
+    @property
     def global_batch(self) -> int:
-        """Samples in one step."""
+        """Samples in one step, over all replicas."""
         assert self.config.train.global_batch is not None
         return self.config.train.global_batch
 
@@ -70,12 +76,14 @@ class Run:
         """Folder of this run's checkpoints."""
         return self.folder / "checkpoints"
 
-    def state(self) -> State:
-        """All that is needed to continue as if nothing had happened; tensors are the live ones, not copies."""
-        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"optimizer/{name}": t for name, t in self.optimizer.tensors().items()}
-        tensors["rng/cpu"] = torch.get_rng_state()
-        meta = {
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files: metrics, checkpoints, facts."""
+        return self.split.mesh.rank == 0
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors; the position in the data is counted in samples."""
+        return {
             "samples": self.samples,
             "tokens": self.tokens,
             "updates": self.optimizer.updates,
@@ -84,64 +92,121 @@ class Run:
             "data": {"path": str(Path(self.config.data.path).resolve()), "seed": self.config.data.seed},
             "tokenizer_sha256": self.data.tokenizer_sha256,
         }
+
+    def state(self) -> State:
+        """All that is needed to continue as if nothing had happened, under global names and in global shapes.
+
+        Alone, the tensors are the live ones, not copies. In a layout this is a collective, and the tensors that rank 0
+        gets are whole; the other ranks get none.
+        """
+        parameters = {name: p.detach() for name, p in self.split.sync.parameters.items()}
+        optimizer = self.optimizer.tensors()
+        if self.split.alone:
+            tensors = {f"model/{name}": t for name, t in parameters.items()}
+            tensors |= {f"optimizer/{name}": t for name, t in optimizer.items()}
+        else:
+            slots = tuple(f"{slot}/" for slot in SLOTS)
+            gathered = chain(
+                ((f"model/{name}", t) for name, t in self.split.whole(parameters, ("",))),
+                ((f"optimizer/{name}", t) for name, t in self.split.whole(optimizer, slots)),
+            )
+            tensors = {name: t for name, t in gathered if self.writes}
+        tensors["rng/cpu"] = torch.get_rng_state()
         files = {"tokenizer.json": self.data.tokenizer_json, "config.toml": self.config_toml.encode()}
-        return State(self.step, tensors, meta, files)
+        return State(self.step, tensors, self.meta(), files)
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint, read straight into the live tensors.
+        """Continue from a checkpoint, whatever layout it was saved under, one tensor at a time.
 
         Raises:
             UserError: the checkpoint belongs to another model or another tokenizer, or is damaged.
         """
-        meta = checkpoint.load(folder, only="rng/").meta
-        problems = [
-            Problem(
-                str(folder),
-                f"has {name} {meta[name]!r}, this run has {mine!r}",
-                "start a new run.folder, or use the config that the checkpoint was made with",
-            )
-            for name, mine in (
-                ("shape", dataclasses.asdict(self.shape)),
-                ("tokenizer_sha256", self.data.tokenizer_sha256),
-            )
-            if meta[name] != mine
-        ]
-        if problems:
-            raise UserError(*problems)
-        live = self.state()
-        state = checkpoint.load(folder, into=live.tensors)
-        torch.set_rng_state(state.tensors["rng/cpu"])
-        self.optimizer.updates = meta["updates"]
-        self.precision.load(meta["precision"])
-        self.step, self.samples, self.tokens = state.step, meta["samples"], meta["tokens"]
+        start = checkpoint.load(folder, only="rng/")
+        refuse_other(folder, start.meta, self)
+        if self.split.alone:
+            checkpoint.load(folder, into=self.state().tensors)
+        else:
+            self._take_pieces(folder)
+        torch.set_rng_state(start.tensors["rng/cpu"])
+        self.optimizer.updates = start.meta["updates"]
+        self.precision.load(start.meta["precision"])
+        self.step, self.samples, self.tokens = start.step, start.meta["samples"], start.meta["tokens"]
+
+    @torch.no_grad()
+    def _take_pieces(self, folder: Path) -> None:
+        optimizer = self.optimizer.tensors()
+        for key, whole in checkpoint.stream(folder):
+            group, _, name = key.partition("/")
+            slot = ""
+            if group == "optimizer":
+                slot, _, name = name.partition("/")
+            piece = None if group == "rng" else self.split.own(name, whole)
+            if piece is not None:
+                live = optimizer[f"{slot}/{name}"] if slot else self.split.sync.parameters[name]
+                live.copy_(piece)
+        self.split.sync.publish()
 
 
-def assemble(loaded: Loaded) -> Run:
-    """Build the run that a config describes, and continue it from its newest good checkpoint if it has one.
+def refuse_other(folder: Path, meta: Mapping[str, Any], run: Run) -> None:
+    """Refuse a checkpoint of another model or tokenizer.
 
     Raises:
-        UserError: data, shape and checkpoint do not fit together, or a file is damaged.
+        UserError: names what differs, with both values.
     """
-    config, folder = loaded.config, Path(loaded.config.run.folder)
-    machine.prepare(config.train.threads, config.train.deterministic)
-    device = machine.choose_device(config.train.device)
-    data, validation = open_data(config)
-    shape = resolve(config.model, data.vocabulary)
-    if shape.vocabulary < data.vocabulary:
+    problems = [
+        Problem(
+            str(folder),
+            f"has {name} {meta[name]!r}, this run has {mine!r}",
+            "start a new run.folder, or use the config that the checkpoint was made with",
+        )
+        for name, mine in (
+            ("shape", dataclasses.asdict(run.shape)),
+            ("tokenizer_sha256", run.data.tokenizer_sha256),
+        )
+        if meta[name] != mine
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def shape_of(loaded: Loaded) -> Shape:
+    """The shape of the run's model, its vocabulary from the data set's manifest.
+
+    Raises:
+        UserError: the data set's tokens do not fit into model.vocabulary.
+    """
+    vocabulary = Manifest.read(Path(loaded.config.data.path)).vocabulary
+    shape = resolve(loaded.config.model, vocabulary)
+    if shape.vocabulary < vocabulary:
         raise UserError(
             Problem(
                 loaded.origin.get("model.vocabulary", "model.vocabulary"),
-                f"model.vocabulary {shape.vocabulary} is smaller than the tokenizer's {data.vocabulary} ids",
+                f"model.vocabulary {shape.vocabulary} is smaller than the tokenizer's {vocabulary} ids",
                 "leave model.vocabulary out, or build the data with a smaller vocabulary",
             )
         )
-    model = models.create(shape, config.train.seed).to(device)
-    named = dict(model.named_parameters())
-    recompute.apply(model, config.train.recompute)
-    if config.train.compile:
-        for block in model.blocks:
-            block.compile()
+    return shape
+
+
+def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
+    """Build the run that a config describes, and continue it from its newest good checkpoint if it has one.
+
+    Args:
+        loaded: the config.
+        mesh: the ranks; None for a run of one process.
+
+    Raises:
+        UserError: data, shape, layout and checkpoint do not fit together, or a file is damaged.
+    """
+    config, folder = loaded.config, Path(loaded.config.run.folder)
+    mesh = mesh or Mesh.create(mesh_layout(config))
+    # The launcher has set the threads of a rank among others.
+    machine.prepare(config.train.threads if mesh.world_size == 1 else None, config.train.deterministic)
+    device = machine.choose_device(config.train.device)
+    data, validation = open_data(config)
+    shape = shape_of(loaded)
     precision = Precision(config.train.precision, device)
+    split = build(config, shape, mesh, device, precision)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(
         config=config,
@@ -150,17 +215,17 @@ def assemble(loaded: Loaded) -> Run:
         device=device,
         data=data,
         validation=validation,
-        model=model,
-        parameters=named,
-        optimizer=AdamW(named, config.optim),
+        split=split,
+        optimizer=AdamW(split.sync.parameters, config.optim, split.sync.matrices),
         precision=precision,
-        peak_flops=machine.measure_gemm_rate(precision.dtype, device),
+        peak_flops=machine.measure_gemm_rate(precision.dtype, device) * mesh.world_size,
         config_toml=loaded.toml(),
     )
     torch.manual_seed(config.train.seed)
     resume(run)
-    files.replace(folder / "config.toml", run.config_toml.encode())
-    files.replace(folder / "run.json", json.dumps(facts(run), indent=2, ensure_ascii=False).encode())
+    if run.writes:
+        files.replace(folder / "config.toml", run.config_toml.encode())
+        files.replace(folder / "run.json", json.dumps(facts(run), indent=2, ensure_ascii=False).encode())
     return run
 
 
@@ -200,10 +265,12 @@ def facts(run: Run) -> dict[str, Any]:
         "machine": machine.describe(),
         "versions": {"tozan": tozan.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "threads": torch.get_num_threads(),
+        "processes": run.split.mesh.world_size,
+        "layout": run.config.layout.model_dump(),
         "device": str(run.device),
         "precision": run.config.train.precision,
         "peak_measured_flops": run.peak_flops,
-        "peak_measured_how": "best square GEMM in this process at start, in the compute type, on random operands",
+        "peak_measured_how": "best square GEMM at start, in the compute type, on random operands, × processes",
         "model_flops_per_token": model_flops(run.shape) / run.shape.sequence,
         "flops_formula": FLOPS_FORMULA,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,16 +1,16 @@
-"""One optimizer step, top to bottom: batch → forward and backward over micro-batches → norm → clip → AdamW."""
+"""One optimizer step, top to bottom: batch → forward and backward over micro-batches → sync → norm → clip → AdamW."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tozan.optim.gradients import clip_factor, gradient_norm, scale_gradients
+from tozan.optim.gradients import clip_factor, scale_gradients
 from tozan.optim.schedule import learning_rate
+from tozan.parallel.data import in_order
 from tozan.train.metrics import Clock
 from tozan.train.run import Run
 
@@ -42,46 +42,81 @@ class StepResult:
 def train_step(run: Run, clock: Clock) -> StepResult:
     """Take optimizer step number `run.step`.
 
-    The loss is summed over tokens and divided once by the tokens of the whole step, so any split into micro-batches
-    gives the large batch's gradient. A loss or gradient that is not finite leaves weights and optimizer as they were.
+    The loss is summed over tokens and divided once by the tokens of the whole step, so any split into micro-batches,
+    replicas and stages gives the large batch's gradient. A loss or gradient that is not finite leaves weights and
+    optimizer as they were.
     """
-    train, optim = run.config.train, run.config.optim
-    batch = torch.from_numpy(run.data.samples(run.samples, run.global_batch))
-    tokens = int((batch[:, 1:] != IGNORED).sum())
+    sync, optim = run.split.sync, run.config.optim
+    batches, tokens = own_micro_batches(run)
     clock.mark("data")
 
-    loss = 0.0
-    for inputs, targets in micro_batches(run, batch):
+    losses = run_pipeline(run, batches, tokens, clock) if run.split.stage else []
+    for number, (inputs, targets) in enumerate(batches if not run.split.stage else ()):
+        seed_dropout(run, number)
+        sync.begin(last=number == len(batches) - 1)
         with run.precision.autocast():
-            micro_loss = run.model(inputs, targets)
+            micro_loss = run.split.model(inputs, targets)
         clock.mark("forward")
         (micro_loss * (run.precision.scale / tokens)).backward()
-        loss += micro_loss.item() / tokens
+        losses.append(micro_loss.item())
         clock.mark("backward")
+    sync.finish()
+    clock.mark("communication")
 
-    lr = learning_rate(optim, run.step, train.steps)
-    norm = gradient_norm(run.parameters, run.precision.scale)
+    loss = sum(in_order(losses, run.split.mesh["dp"])) / tokens
+    lr = learning_rate(optim, run.step, run.config.train.steps)
+    norm = run.split.gradient_norm(run.precision.scale)
     skipped = norm.culprit if math.isfinite(loss) else f"loss is {loss}"
     overflow = skipped is not None and math.isfinite(loss) and run.precision.can_shrink()
     if skipped is None:
-        scale_gradients(run.parameters, clip_factor(norm.value, optim.clip) / run.precision.scale)
+        scale_gradients(sync.parameters, clip_factor(norm.value, optim.clip) / run.precision.scale)
         run.optimizer.step(lr)
     run.optimizer.zero_grad()
+    if skipped is None:
+        sync.publish()
     run.precision.update(overflow)
     clock.mark("optimizer")
     return StepResult(loss, norm.value, lr, tokens, skipped, overflow)
 
 
-def micro_batches(run: Run, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a batch of (B, T+1) token ids into micro-batches of inputs and targets, both (b, T), on the run's device.
+def own_micro_batches(run: Run) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """This replica's micro-batches of the step, and the target tokens of the whole step.
 
-    `IGNORED` ids are no targets; as inputs they are read as token 0.
+    Micro-batch number j·n + r of the step is the j-th of replica r of n, so a step's samples are the same in every
+    layout. `IGNORED` ids are no targets; as inputs they are read as token 0.
 
-    With dropout, the generator is seeded from the number of each micro-batch's first sample: masks, like samples,
-    depend on the seed and the step only.
+    Returns:
+        (inputs, targets), both (b, T) on the run's device, for each micro-batch.
     """
-    for first in range(0, len(batch), run.micro_batch):
-        if run.shape.dropout:
-            torch.manual_seed(run.config.train.seed * 1_000_003 + run.samples + first)
-        piece = batch[first : first + run.micro_batch].to(run.device)
-        yield piece[:, :-1].clamp(min=0), piece[:, 1:].contiguous()
+    batches, tokens = [], 0
+    for number in range(run.accumulate):
+        samples = torch.from_numpy(run.data.samples(first_sample(run, number), run.micro_batch)).to(run.device)
+        batches.append((samples[:, :-1].clamp(min=0), samples[:, 1:].contiguous()))
+        tokens += int((batches[-1][1] != IGNORED).sum())
+    return batches, int(sum(in_order([float(tokens)], run.split.mesh["dp"], name="tokens")))
+
+
+def first_sample(run: Run, number: int) -> int:
+    """Number of the first sample of this replica's micro-batch `number` of the step."""
+    replicas = run.split.mesh["dp"]
+    return run.samples + (number * replicas.size + replicas.index) * run.micro_batch
+
+
+def seed_dropout(run: Run, number: int) -> None:
+    """Make the dropout masks of a micro-batch depend on the seed and its samples only."""
+    if run.shape.dropout:
+        torch.manual_seed(run.config.train.seed * 1_000_003 + first_sample(run, number))
+
+
+def run_pipeline(run: Run, batches: list[tuple[Tensor, Tensor]], tokens: int, clock: Clock) -> list[float]:
+    """The same through the stages of a pipeline.
+
+    Forward and backward interleave, so they are one phase here, and waiting for other stages is another.
+    """
+    assert run.split.stage is not None
+    inputs, targets = zip(*batches, strict=True)
+    outcome = run.split.stage.step(inputs, targets, run.precision.scale / tokens)
+    clock.mark("pipeline")
+    clock.move("pipeline", "bubble", outcome.idle)
+    run.split.sync.begin(last=True)
+    return [float(loss) for loss in outcome.losses.tolist()]

@@ -1,0 +1,210 @@
+"""How this process holds its part of the model: cut by pipeline stage, sharded by tensor scheme, shared by replicas.
+
+One process is the layout 1 × 1 × 1 of the same code: nothing is replaced, nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tozan import layout, models, schedules
+from tozan.comm import Mesh, collectives
+from tozan.config import Config
+from tozan.errors import Problem, UserError
+from tozan.models.arithmetic import Shape
+from tozan.models.layers import initial
+from tozan.optim.gradients import GradientNorm, norm_of_sums
+from tozan.parallel import apply as tensor
+from tozan.parallel import fits, pipeline, recompute
+from tozan.parallel.data import DataParallel
+from tozan.parallel.placement import Placement
+from tozan.parallel.zero import Zero
+from tozan.train.precision import Precision
+
+
+class Sync(Protocol):
+    """What `DataParallel` and `Zero` have in common: they make replicas one."""
+
+    parameters: dict[str, nn.Parameter]
+    matrices: set[str]
+
+    def begin(self, last: bool) -> None: ...  # noqa: D102
+    def finish(self) -> None: ...  # noqa: D102
+    def sums_of_squares(self) -> dict[str, float]: ...  # noqa: D102
+    def publish(self) -> None: ...  # noqa: D102
+    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]: ...  # noqa: D102
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...  # noqa: D102
+
+
+def mesh_layout(config: Config) -> layout.Layout:
+    """The mesh axes of a config's `[layout]`.
+
+    Raises:
+        UserError: sizes that form no grid.
+    """
+    table = config.layout
+    return layout.Layout(pp=table.pipeline, dp=table.data, tp=table.tensor, scheme=table.scheme, tp_depth=table.depth)
+
+
+def require_fit(config: Config, shape: Shape, origin: str) -> None:
+    """Refuse a layout that this model and batch cannot have, before any process group is made.
+
+    Args:
+        config: the run.
+        shape: its model.
+        origin: where the layout was written.
+
+    Raises:
+        UserError: all that does not fit, with the layouts of as many processes that would.
+    """
+    table, train = config.layout, config.train
+    request = fits.Request(
+        shape=shape,
+        micro_batch=train.micro_batch or 1,
+        microbatches=train.accumulate or 1,
+        schedule=table.schedule,
+        chunks=table.chunks,
+        sequence_parallel=table.sequence_parallel,
+        where=origin,
+    )
+    fits.require(request, mesh_layout(config))
+
+
+@dataclass
+class Split:
+    """This process's part of the model, and how it becomes whole.
+
+    Attributes:
+        mesh: the ranks.
+        model: this process's part, with the global parameter names.
+        placements: where each parameter of this part belongs in the whole.
+        sizes: global size of every parameter of the whole model, in its order.
+        sync: makes replicas one; holds what the optimizer steps.
+        stage: runs the pipeline's schedule; None without a pipeline.
+    """
+
+    mesh: Mesh
+    model: nn.Module
+    placements: dict[str, Placement]
+    sizes: dict[str, torch.Size]
+    sync: Sync
+    stage: pipeline.Pipeline | None
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only process."""
+        return self.mesh.world_size == 1
+
+    @property
+    def model_axes(self) -> bool:
+        """Whether the model itself is cut or sharded, beside being copied."""
+        return self.mesh.layout.pp * self.mesh.layout.tp > 1
+
+    def gradient_norm(self, scale: float) -> GradientNorm:
+        """The global norm of the gradients divided by `scale`, after `sync.finish`; the same on every rank."""
+        if not self.model_axes:
+            return norm_of_sums(self.sync.sums_of_squares(), scale)
+        tensor.synchronize(self.sync.parameters, self.placements, self.mesh)
+        return norm_of_sums(self._everyones(self.sync.sums_of_squares()), scale)
+
+    def _everyones(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Sums of squares of the whole model, from those of every rank's pieces; each piece counts once."""
+        row = torch.zeros(len(self.sizes), dtype=torch.float64)
+        for number, name in enumerate(self.sizes):
+            if name in sums and tensor.counts_here(self.placements[name], self.mesh):
+                row[number] = sums[name]
+        row = collectives.all_reduce(row, self.mesh.joined("pp", "tp"), name="gradient norm")
+        return dict(zip(self.sizes, row.tolist(), strict=True))
+
+    def whole(self, tensors: Mapping[str, Tensor], slots: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        """Global tensors from every rank's pieces, one at a time: a collective.
+
+        Args:
+            tensors: this rank's, under `<slot><parameter>` for each slot.
+            slots: prefixes, the same on every rank: `""` for parameters, `exp_avg/` and so on.
+        """
+        for slot in slots:
+            mine = {name: tensors[slot + name] for name in self.sync.parameters}
+            pieces = self.sync.whole({slot + name: t for name, t in mine.items()})
+            if not self.model_axes:
+                yield from pieces
+                continue
+            local = dict(pieces)
+            for name, size in self.sizes.items():
+                yield slot + name, self._assemble(name, size, local.get(slot + name))
+
+    def _assemble(self, name: str, size: torch.Size, piece: Tensor | None) -> Tensor:
+        """One global tensor from the pieces of pipeline stages and tensor-parallel ranks, bit for bit."""
+        whole = torch.zeros(size)
+        if piece is not None and tensor.counts_here(self.placements[name], self.mesh):
+            self.placements[name].put(piece.detach(), whole)
+        # Each element has one owner. Added as integers, its bits survive (0.0 + -0.0 would lose a sign).
+        bits = whole.view(torch.int32)
+        return collectives.all_reduce(bits, self.mesh.joined("pp", "tp"), name=f"state of {name}").view(torch.float32)
+
+    def own(self, name: str, whole: Tensor, slot: str = "") -> Tensor | None:
+        """This rank's piece of a global tensor; None if it holds nothing of it."""
+        if name not in self.placements:
+            return None
+        return self.sync.own({slot + name: self.placements[name].take(whole)})[slot + name]
+
+
+def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precision: Precision) -> Split:
+    """Build this rank's part of the model with its initial values, and what connects it to the others.
+
+    Raises:
+        UserError: the layout asks for what a part cannot have.
+    """
+    model: nn.Module = models.skeleton(shape)
+    sizes = {name: p.shape for name, p in model.named_parameters()}
+    table = config.layout
+    placements = {name: Placement.whole(tuple(size)) for name, size in sizes.items()}
+    if table.tensor > 1:
+        placements = tensor.apply(model, mesh, sequence=table.sequence_parallel)
+    part = None
+    if table.pipeline > 1:
+        part = pipeline.cut(model, layout.split_layers(shape.layers, table.pipeline, table.chunks), mesh["pp"].index)
+    tensor.fill(model, placements, lambda name, size: initial(shape, name, size, config.train.seed))
+    model.to(device)
+    recompute.apply(model, config.train.recompute)
+    if config.train.compile:
+        if table.zero == 3:
+            what = "train.compile with layout.zero 3, whose parameters come and go while a block runs"
+            raise UserError(Problem("train.compile", what, "set train.compile = false, or zero = 2"))
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile()
+    stage = _stage(config, shape, model, part, mesh, precision) if part else None
+    if stage:
+        placements = stage.share(placements)
+    held = {name: placements[name] for name, _ in model.named_parameters()}
+    return Split(mesh, model, held, sizes, _sync(config, model, mesh), stage)
+
+
+def _stage(
+    config: Config, shape: Shape, model: nn.Module, part: pipeline.Part, mesh: Mesh, precision: Precision
+) -> pipeline.Pipeline:
+    """The engine of this pipeline stage."""
+    table = config.layout
+    schedule = schedules.create(table.schedule, table.pipeline, config.train.accumulate or 1, table.chunks)
+    scheme = tensor.create(mesh, table.sequence_parallel)
+
+    def local_shape(batch: int, tokens: int) -> tuple[int, ...]:
+        return scheme.local_shape(batch, tokens, shape.width)
+
+    return pipeline.Pipeline(model, part, mesh["pp"], schedule, local_shape, precision.autocast)
+
+
+def _sync(config: Config, model: nn.Module, mesh: Mesh) -> Sync:
+    """What makes replicas one: plain data parallelism, or a stage of ZeRO."""
+    table, axis = config.layout, mesh["dp"]
+    # A pipeline's micro-batches end in another order than they are counted in; only their sum is exchanged.
+    deterministic = config.train.deterministic and table.pipeline == 1
+    if table.zero == 0 or axis.size == 1:
+        return DataParallel(dict(model.named_parameters()), axis, deterministic=deterministic)
+    shards = mesh.part(axis, table.zero_group) if table.zero_group else None
+    return Zero(model, axis, table.zero, shards=shards, deterministic=deterministic)
