@@ -37,6 +37,8 @@ STEPS = 600
 """Steps to aim for; the batch grows with the machine's speed instead, once it is large enough to be learnt from."""
 EVALUATIONS = 6
 HELD_OUT_SAMPLES = 32
+EVALUATION_SHARE = 0.15
+"""Of the time at most; a slow machine scores fewer samples."""
 MOST_EPOCHS = 6
 """On a fast machine the run ends early rather than read the corpus more often than this."""
 SAMPLE_TOKENS = 220
@@ -49,18 +51,24 @@ class Plan:
     Attributes:
         steps: optimizer steps.
         batch: samples in a step.
+        held_out: samples in an evaluation.
         tokens_per_second: the rate measured on this machine, now.
     """
 
     steps: int
     batch: int
+    held_out: int
     tokens_per_second: float
 
     @property
     def seconds(self) -> float:
         """Expected length of the training, evaluations included."""
-        evaluations = (EVALUATIONS + 1) * HELD_OUT_SAMPLES / 3
-        return (self.steps * self.batch + evaluations) * SEQUENCE / self.tokens_per_second
+        return (self.steps * self.batch + evaluation_cost(self.held_out)) * SEQUENCE / self.tokens_per_second
+
+
+def evaluation_cost(held_out: int) -> float:
+    """All evaluations in training samples: a held-out one costs a third, as it goes forward only."""
+    return (EVALUATIONS + 1) * held_out / 3
 
 
 def run(
@@ -166,7 +174,7 @@ def calibrate(folder: Path, precision: str, minutes: float, seconds: float = 8.0
         seconds: time to measure for, after two steps of warming up.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        trial = Plan(steps=10_000, batch=8, tokens_per_second=math.nan)
+        trial = Plan(steps=10_000, batch=8, held_out=1, tokens_per_second=math.nan)
         measured = train.assemble(config.load(write_config(Path(scratch) / "trial", folder, trial, precision)))
         laps: list[float] = []
         clock, end = Clock(), math.inf
@@ -187,11 +195,11 @@ def fit_into(seconds: float, tokens_per_second: float, corpus_tokens: int) -> Pl
         tokens_per_second: speed of training.
         corpus_tokens: tokens in the train split.
     """
-    # A held-out sample costs a third of a training sample: forward only.
-    evaluations = (EVALUATIONS + 1) * HELD_OUT_SAMPLES / 3
-    samples = min(seconds * tokens_per_second / SEQUENCE - evaluations, MOST_EPOCHS * corpus_tokens / SEQUENCE)
+    most = seconds * tokens_per_second / SEQUENCE
+    held_out = min(HELD_OUT_SAMPLES, max(1, int(EVALUATION_SHARE * most / evaluation_cost(1))))
+    samples = min(most - evaluation_cost(held_out), MOST_EPOCHS * corpus_tokens / SEQUENCE)
     batch = min(64, max(4, 2 ** round(math.log2(max(1.0, samples / STEPS)))))
-    return Plan(max(10, int(samples / batch)), batch, tokens_per_second)
+    return Plan(max(2, int(samples / batch)), batch, held_out, tokens_per_second)
 
 
 def next_run(out: Path) -> Path:
@@ -216,7 +224,7 @@ def write_config(folder: Path, dataset: Path, plan: Plan, precision: str) -> Pat
             "precision": precision,
         },
         "optim": {"lr": 3e-3, "beta2": 0.98, "schedule": "linear", "warmup": max(1, plan.steps // 20)},
-        "eval": {"every": every, "samples": HELD_OUT_SAMPLES},
+        "eval": {"every": every, "samples": plan.held_out},
         "checkpoint": {"every": max(1, math.ceil(plan.steps / 2))},
     }
     lines = [
