@@ -1,6 +1,7 @@
 """Pipelines against the single process: the same bits in fp32, for every schedule and split."""
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -47,29 +48,34 @@ def micro_batches(shape, count):
     return tokens.split(2), targets.split(2)
 
 
-def single(shape, inputs, targets, factor, dtype=torch.float32):
+def in_bf16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def single(shape, inputs, targets, factor, dtype=torch.float32, autocast=nullcontext):
     """Losses and gradients of one process."""
     model = create(shape, dtype)
     losses = []
     for x, y in zip(inputs, targets, strict=True):
-        loss = model(x, y)
+        with autocast():
+            loss = model(x, y)
         (loss * factor).backward()
         losses.append(loss.detach())
     return torch.stack(losses), {name: p.grad for name, p in model.named_parameters()}
 
 
-def stage_of(shape, mesh, schedule, layers, mode="none", dtype=torch.float32, **options):
+def stage_of(shape, mesh, schedule, layers, mode="none", dtype=torch.float32, autocast=nullcontext, **options):
     """This rank's model, its placements and its pipeline."""
     model = create(shape, dtype)
     part = pipeline.cut(model, layers, mesh["pp"].index)
     placements = door.apply(model, mesh, **options)
     recompute.apply(model, mode)
     local = door.create(mesh, **options).local_shape
-    ready = pipeline.Pipeline(model, part, mesh["pp"], schedule, lambda b, t: local(b, t, shape.width))
+    ready = pipeline.Pipeline(model, part, mesh["pp"], schedule, lambda b, t: local(b, t, shape.width), autocast)
     return model, ready.share(placements), ready
 
 
-def same_bits(name, stages, schedule, chunks, count, layers, modes):
+def same_bits(name, stages, schedule, chunks, count, layers, modes, autocast=nullcontext):
     """What differs from the single process by a bit, after two steps; and whether the timeline is the schedule's."""
     mesh, shape = Mesh.create(Layout(pp=stages), timeout_s=30), MODELS[name]
     stage = mesh["pp"].index
@@ -77,8 +83,8 @@ def same_bits(name, stages, schedule, chunks, count, layers, modes):
     plan = schedules.create(schedule, stages, count, chunks)
     inputs, targets = micro_batches(shape, count)
     factor = 1 / sum(int((y != -100).sum()) for y in targets)
-    expected, gradients = single(shape, inputs, targets, factor)
-    model, _, ready = stage_of(shape, mesh, plan, layers, modes[stage])
+    expected, gradients = single(shape, inputs, targets, factor, autocast=autocast)
+    model, _, ready = stage_of(shape, mesh, plan, layers, modes[stage], autocast=autocast)
     for _ in range(2):
         model.zero_grad()
         outcome = ready.step(inputs, targets, factor)
@@ -103,6 +109,11 @@ def test_losses_and_gradients_are_the_single_process_bits(case):
     shared = {"embed.weight"} if MODELS[case[0]].tied and case[1] > 1 else set()
     assert set.union(*kept) == set(dict(create(MODELS[case[0]]).named_parameters()))
     assert sum(map(len, kept)) == len(set.union(*kept)) + len(shared)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[7]], ids=lambda case: f"{case[0]}, {case[2]}")
+def test_the_bits_are_the_same_under_autocast_too(case):
+    assert [wrong for wrong, _ in spawn(case[1], same_bits, *case, in_bf16)] == [[]] * case[1]
 
 
 def with_tensor_parallelism(layout, name, schedule, sequence):
