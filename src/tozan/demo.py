@@ -241,10 +241,11 @@ def write_config(folder: Path, dataset: Path, plan: Plan, precision: str) -> Pat
 def sample(run_folder: Path, dataset: Path, corpus: str) -> tuple[str, str]:
     """A heading that says what follows, and text that the trained model wrote."""
     model, tokenizer, meta = train.open_model(run_folder)
-    prompt = "def " if corpus == STANDARD_LIBRARY else _opening(dataset, tokenizer)
+    # No space at the end: the tokenizer puts spaces in front of words.
+    prompt = "def __init__(self" if corpus == STANDARD_LIBRARY else _opening(dataset, tokenizer)
     start = torch.tensor([tokenizer.encode(prompt)])
     device = next(model.parameters()).device
-    written = generate(model, start.to(device), SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=1, stop={tokenizer.end})
+    written = generate(model, start.to(device), SAMPLE_TOKENS, temperature=0.6, top_p=0.9, seed=1, stop={tokenizer.end})
     tokens = [int(token) for token in written]
     ended = tokenizer.end in tokens
     text = prompt + tokenizer.decode(tokens[: tokens.index(tokenizer.end)] if ended else tokens)
@@ -278,7 +279,7 @@ def _tell(console: Console, folder: Path, written: Path, page: Path, heading: st
     for name, value in {
         "page": str(page),
         "checkpoints": str(folder / "checkpoints"),
-        "more text": f'tozan generate {folder} --prompt "class "',
+        "more text": f'tozan generate {folder} --prompt "class Reader"',
         "score": f"tozan eval {folder}",
         "once more": f"tozan train {written} --run.folder {folder}-again",
     }.items():
