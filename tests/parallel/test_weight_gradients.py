@@ -52,8 +52,12 @@ def test_hooks_hear_of_gradients_that_waited():
     gradients = WeightGradients()
     gradients.bind(nn.ModuleList([layer]))
     heard = []
-    # Autograd calls hooks for a gradient that is not there, too.
-    layer.weight.register_post_accumulate_grad_hook(lambda p: p.grad is None or heard.append(p.grad.clone()))
+
+    def hear(parameter):
+        if parameter.grad is not None:  # autograd calls hooks for a gradient that is not there, too
+            heard.append(parameter.grad.clone())
+
+    layer.weight.register_post_accumulate_grad_hook(hear)
     gradients.begin("first")
     layer(torch.ones(2, 24)).sum().backward()
     assert heard == []
