@@ -31,7 +31,7 @@ def compare(group: dist.ProcessGroup, ranks: tuple[int, ...], operation: str) ->
     mine = torch.zeros(_BYTES, dtype=torch.uint8)
     mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     rows = torch.empty(len(ranks) * _BYTES, dtype=torch.uint8)
-    dist.all_gather_into_tensor(rows, mine, group=group)
+    dist.all_gather_single(rows, mine, group=group)
     texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows.view(len(ranks), _BYTES)]
     if len(set(texts)) > 1:
         lines = "\n".join(f"  rank {rank} starts {text}" for rank, text in zip(ranks, texts, strict=True))

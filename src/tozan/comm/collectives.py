@@ -270,7 +270,7 @@ def gather_into_async(flat: Tensor, axis: Axis, own: Tensor, *, name: str = "") 
 def _gather_uneven(own: Tensor, axis: Axis, parts: Sequence[int], out: Tensor, name: str) -> Handle:
     entry = _begin(axis, "all_gather", name, out, (_bytes(out)) * (axis.size - 1) // axis.size)
     if min(parts) == max(parts):
-        return Handle(axis, entry, [_start(axis, entry, dist.all_gather_into_tensor, out, own)], lambda: out)
+        return Handle(axis, entry, [_start(axis, entry, dist.all_gather_single, out, own)], lambda: out)
     # gloo gathers equal parts only: pad to the longest, which is one row longer at most.
     longest = max(parts)
     padded = torch.cat((own, own.new_zeros(longest - own.numel())))
@@ -280,7 +280,7 @@ def _gather_uneven(own: Tensor, axis: Axis, parts: Sequence[int], out: Tensor, n
         rows = joined.view(axis.size, longest)
         return torch.cat([row[:part] for row, part in zip(rows, parts, strict=True)], out=out)
 
-    return Handle(axis, entry, [_start(axis, entry, dist.all_gather_into_tensor, joined, padded)], cut)
+    return Handle(axis, entry, [_start(axis, entry, dist.all_gather_single, joined, padded)], cut)
 
 
 def broadcast(x: Tensor, axis: Axis, source: int, *, name: str = "") -> Tensor:
