@@ -121,7 +121,7 @@ def train(config: Path, flags: tuple[str, ...]) -> None:
     from tozan.config import load
 
     loaded = load(config, flags, to_run=True)
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank_here() == 0
     if first:
         print_warnings(loaded.warnings)
         click.echo(f"run folder: {loaded.config.run.folder}")
@@ -136,6 +136,12 @@ def train(config: Path, flags: tuple[str, ...]) -> None:
         raise click.exceptions.Exit(128 + stop.signal) from None
     if first:
         click.echo(f"done: {result.step:,} steps in {result.folder}; see it with: tozan report {result.folder}")
+
+
+def rank_here() -> int:
+    """This process's number in its job, from what torchrun, mpirun, srun or Fujitsu's mpiexec left; 0 when alone."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def require_file_first(config: Path) -> None:
@@ -290,12 +296,19 @@ def convert(source: Path, destination: Path) -> None:
 @cli.command(
     epilog=examples(
         "tozan report runs/first",
+        "tozan report runs/first --ledger",
     )
 )
 @click.argument("run", type=FOLDER)
 @click.option("--out", type=FOLDER, help="File to write; without it, report.html in the run folder.")
-def report(run: Path, out: Path | None) -> None:
+@click.option("--ledger", is_flag=True, help="Print instead what the processes of the run sent each other.")
+def report(run: Path, out: Path | None, ledger: bool) -> None:
     """Write a page that shows how a run went."""
+    if ledger:
+        from tozan.report.ledger import table
+
+        click.echo(table(run))
+        return
     from tozan import api
 
     click.echo(f"wrote {api.write_report(run, out)}")

@@ -30,9 +30,8 @@ STANDARD_LIBRARY = "standard-library"
 VOCABULARY = 8192
 """Of sizes 1,024 to 8,192 the one whose held-out loss falls furthest in a few hundred thousand tokens."""
 MODEL = "demo-10m"
-FAMILY = "llama"
-"""Rotary positions find the structure of text in a third fewer tokens than learned ones (docs/lab-notes.md)."""
 SEQUENCE = 256
+"""Of the preset."""
 STEPS = 600
 """Steps to aim for; the batch grows with the machine's speed instead, once it is large enough to be learnt from."""
 EVALUATIONS = 6
@@ -215,7 +214,7 @@ def write_config(folder: Path, dataset: Path, plan: Plan, precision: str) -> Pat
     every = max(1, math.ceil(plan.steps / EVALUATIONS))
     tables: dict[str, dict[str, object]] = {
         "run": {"folder": str(folder)},
-        "model": {"preset": MODEL, "family": FAMILY, "sequence": SEQUENCE},
+        "model": {"preset": MODEL},
         "data": {"path": str(dataset)},
         "train": {
             "steps": plan.steps,

@@ -25,8 +25,8 @@ from tozan.models import arithmetic
 
 Origin = Mapping[str, str]
 
-WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where torchrun, mpirun and srun write the number of processes."""
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PJM_MPI_PROC", "SLURM_STEP_NUM_TASKS")
+"""Where torchrun, mpirun, Fugaku's PJM and srun write the number of processes."""
 
 
 def problems(
