@@ -346,12 +346,7 @@ def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, *
 
     found = planner.plan(model, machine, **options)
     click.echo(found.text)
-    if html:
-        html.write_text(found.html(), encoding="utf-8")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "plan.toml").write_text(found.config(), encoding="utf-8")
-        (out / "launch.sh").write_text(found.launch(), encoding="utf-8")
+    found.write(html, out)
 
 
 @plan.command("validate", epilog=examples("tozan plan validate --rows"))

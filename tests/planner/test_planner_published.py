@@ -1,5 +1,7 @@
 """Published tables: every row is read, the bars that are met stay met, the talk's pages close."""
 
+from pathlib import Path
+
 import pytest
 
 from tozan.planner import published, talk, validate
@@ -67,6 +69,12 @@ def test_intervals_hold_what_they_say(report):
     share, count = report.coverage["public"]
     assert count > 40
     assert 0.75 <= share <= 0.85
+
+
+def test_the_page_prints_what_validate_prints(report):
+    page = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
+    for line in report.text.splitlines():
+        assert line.strip() in page
 
 
 def test_nothing_that_ran_out_of_memory_fits(report):

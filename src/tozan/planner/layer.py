@@ -206,8 +206,9 @@ def _tensor(job: Job, c: Candidates) -> tuple[Floats, Floats]:
     moved = tokens(job, c) * job.shape.width * job.item
     summed = collectives.all_reduce(machine, moved, c.tp, 1)
     gathered = collectives.all_gather(machine, moved, c.tp, 1)
+    wait = 2 * machine.node.wait
     flat = np.where(c.sequence_parallel > 0, 4 * gathered, 2 * summed)
-    forward, backward = flat, flat * (1 - stack.tp_overlap)
+    forward, backward = flat + wait, flat * (1 - stack.tp_overlap) + wait
     if np.any(c.grid):
         ahead = _summa(job, c)
         forward = np.where(c.grid > 0, ahead, forward)

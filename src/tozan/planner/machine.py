@@ -80,6 +80,8 @@ class Node(_Table):
     """Seconds to start a collective."""
     hop: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds per step of a ring, on top."""
+    wait: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds that ranks wait for each other at every tensor-parallel collective of a step, beside its own time."""
 
 
 class Network(_Table):

@@ -122,6 +122,15 @@ class Plan:
         """A script that starts it."""
         return show.launch(self)
 
+    def write(self, page: Path | None = None, folder: Path | None = None) -> None:
+        """Write the HTML page to `page`, and `plan.toml` and `launch.sh` into `folder`; `None` leaves that out."""
+        if page:
+            page.write_text(self.html(), encoding="utf-8")
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "plan.toml").write_text(self.config(), encoding="utf-8")
+            (folder / "launch.sh").write_text(self.launch(), encoding="utf-8")
+
 
 def plan(
     model: str,
