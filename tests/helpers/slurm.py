@@ -1,4 +1,4 @@
-"""A real one-node Slurm from Debian's packages, in a folder: munged, slurmctld and slurmd, nothing configured in /etc."""
+"""A real one-node Slurm from Debian's packages, in a folder: munged, slurmctld and slurmd, nothing in /etc."""
 
 from __future__ import annotations
 
