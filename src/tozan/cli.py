@@ -196,12 +196,7 @@ def build_data(
     api.build_data(sources, out, limit=limit, shard_bytes=shard_megabytes << 20, on_event=click.echo, **options)
 
 
-@data.command(
-    "inspect",
-    epilog=examples(
-        "tozan data inspect data/mine",
-    ),
-)
+@data.command("inspect", epilog=examples("tozan data inspect data/mine"))
 @click.argument("path", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 def inspect_data(path: Path, as_json: bool) -> None:
@@ -212,12 +207,7 @@ def inspect_data(path: Path, as_json: bool) -> None:
     click.echo(json.dumps(found.manifest.model_dump(), indent=2, ensure_ascii=False) if as_json else found)
 
 
-@data.command(
-    "verify",
-    epilog=examples(
-        "tozan data verify data/mine",
-    ),
-)
+@data.command("verify", epilog=examples("tozan data verify data/mine"))
 @click.argument("path", type=FOLDER)
 def verify_data(path: Path) -> None:
     """Check every byte of a data set; names each bad shard and member, and exits with 2 if there are any."""
