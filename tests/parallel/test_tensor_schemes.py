@@ -9,6 +9,7 @@ from tozan import models
 from tozan.comm import Mesh
 from tozan.errors import UserError
 from tozan.layout import Layout
+from tozan.models.generate import generate
 from tozan.models.layers import initial
 from tozan.parallel import apply as door
 from tozan.parallel import recompute, vocabulary
@@ -142,6 +143,24 @@ def test_autocast(layout):
     """bf16 rounds to 2⁻⁹; a mean over 61 tokens is far closer than one of them."""
     how, sequence = LAYOUTS[layout]
     assert all(right and near < 2**-9 for right, near in spawn(how.tp, in_bf16, how, sequence))
+
+
+def generated(layout, name):
+    """Tokens that a sharded and a whole model generate greedily, with caches."""
+    mesh = Mesh.create(layout, timeout_s=30)
+    shape = SHAPES[name]
+    whole, model = create(shape), create(shape)
+    door.apply(model, mesh)
+    prompt = batch(shape, 2)[0][:, :3]
+    with torch.inference_mode():
+        return [torch.stack(list(generate(m, prompt, 4)), 1).tolist() for m in (model, whole)]
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=4, scheme="2d")])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_sharded_model_generates_the_same_tokens(layout, name):
+    for found, expected in spawn(layout.tp, generated, layout, name):
+        assert found == expected
 
 
 def bad_target():

@@ -50,7 +50,7 @@ class Entrance:
 
         With sequence parallelism all-gather of (B, T/n, D) to (B, T, D) forward, reduce-scatter backward.
         """
-        if self._last is not None:
+        if self._last is not None and not x.is_inference():
             source, version, recording, result = self._last
             if source is x and version == x._version and recording == torch.is_grad_enabled():
                 return result
@@ -59,7 +59,8 @@ class Entrance:
             result = functions.all_gather_from(ready, self.axis, dim=TOKENS, name="tp enter")
         else:
             result = functions.copy_to(ready, self.axis, name="tp enter")
-        self._last = x, x._version, torch.is_grad_enabled(), result
+        if not x.is_inference():  # such tensors have no version to compare
+            self._last = x, x._version, torch.is_grad_enabled(), result
         return result
 
 
