@@ -17,6 +17,7 @@ from tozan.train.split import mesh_layout, require_fit
 
 GPT2 = ["--model.family=gpt2", "--model.tied=true"]
 LLAMA = ["--model.family=llama", "--model.tied=false", "--model.kv_heads=2"]
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
 STEPS = 4
 FP32_BOUND = 2e-4
 """Largest relative difference of a loss or norm after 4 steps in fp32, where sums run in another order."""
@@ -79,7 +80,7 @@ samples = 8
 
 
 def write(folder: Path, data: Path, steps: int = STEPS) -> Path:
-    path = folder.with_suffix(".toml")
+    path = folder.with_name(folder.name + ".toml")
     path.write_text(CONFIG.format(folder=folder, data=data, steps=steps))
     return path
 
@@ -129,14 +130,15 @@ def final(folder: Path) -> checkpoint.State:
 def references(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One process, per model family."""
     base = tmp_path_factory.mktemp("one")
-    for name, model in (("gpt2", GPT2), ("llama", LLAMA)):
+    for name, model in FAMILIES.items():
         run(write(base / name, text_data), flags_of("one", model))
-    return {name: base / name for name in ("gpt2", "llama")}
+    return {name: base / name for name in FAMILIES}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_trains_as_one_process_does(name, references, text_data, tmp_path):
-    family, model = ("llama", LLAMA) if sorted(LAYOUTS).index(name) % 2 else ("gpt2", GPT2)
+def test_a_layout_trains_as_one_process_does(name, family, references, text_data, tmp_path):
+    model = FAMILIES[family]
     folder = tmp_path / name
     run(write(folder, text_data), flags_of(name, model))
     got, expected = curves(folder), curves(references[family])
@@ -154,40 +156,46 @@ def test_a_layout_trains_as_one_process_does(name, references, text_data, tmp_pa
             torch.testing.assert_close(state.tensors[tensor_name], tensor, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("saved", ["one", "dp2-zero3", "dp2-tp2-pp2", "tp4-2d"])
-@pytest.mark.parametrize("loaded", ["one", "dp4-zero1-by2", "dp2-tp2-seq-zero2", "pp2-interleaved", "tp8-2.5d"])
-def test_a_checkpoint_of_any_layout_loads_into_any_other(saved, loaded, text_data, tmp_path):
-    folder = tmp_path / "run"
-    path = write(folder, text_data, steps=1)
-    run(path, [*flags_of(saved, GPT2), "--optim.warmup=0"])
-    before = final(folder)
-    size_flags = [*flags_of(loaded, GPT2), "--optim.warmup=0"]
-    again = save_again(path, size_flags)
-    assert checkpoint.state_hash(again.tensors) == checkpoint.state_hash(before.tensors)
-    assert again.meta == before.meta
-    assert again.step == before.step
+MATRIX = ["one", "dp2", "dp4-zero1-by2", "dp2-zero3", "tp2-seq", "tp4-2d", "tp8-2.5d", "pp2-interleaved", "dp2-tp2-pp2"]
+MATRIX += ["dp2-tp2-seq-zero2"]
+"""Saved under each of these and loaded under each of these."""
 
 
-def save_again(path: Path, flags: list[str]) -> checkpoint.State:
-    """The state that a layout holds after loading, gathered on rank 0."""
+@pytest.fixture(scope="module")
+def saved(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The config of a run of one step per layout, with its checkpoint beside it."""
+    base = tmp_path_factory.mktemp("saved")
+    configs = {name: write(base / name, text_data, steps=1) for name in MATRIX}
+    for name, path in configs.items():
+        run(path, [*flags_of(name, GPT2), "--optim.warmup=0"])
+    return configs
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_a_checkpoint_of_any_layout_loads_into_any_other(name, saved, tmp_path):
+    """Every rank takes its pieces; what they make together has the saved hash and the saved position in the data."""
+    flags = [*flags_of(name, GPT2), "--optim.warmup=0"]
     size = processes(flags)
-    out = path.parent / "again"
     if size == 1:
-        _save_again(path, flags, out)
+        again = load_and_hash(list(saved.values()), flags)
     else:
-        spawn(size, _save_again_rank, path, flags, out)
-    return checkpoint.load(checkpoint.resolve(out))
+        again = spawn(size, load_and_hash, list(saved.values()), flags, timeout=200.0)[0]
+    for path, (found, meta, step) in zip(saved.values(), again, strict=True):
+        before = final(path.with_name(path.name.removesuffix(".toml")))
+        assert found == checkpoint.state_hash(before.tensors), path.stem
+        assert meta == before.meta
+        assert step == before.step == 1
 
 
-def _save_again(path: Path, flags: list[str], out: Path, mesh: Mesh | None = None) -> None:
-    resumed = assemble(load(path, flags), mesh)
-    state = resumed.state()
-    if resumed.writes:
-        checkpoint.save(out, state)
-
-
-def _save_again_rank(path: Path, flags: list[str], out: Path) -> None:
-    _save_again(path, flags, out, Mesh.create(mesh_layout(load(path, flags).config), timeout_s=60))
+def load_and_hash(configs: list[Path], flags: list[str]) -> list[tuple[str, dict, int]]:
+    """Hash, meta and step that this layout holds after loading each run's checkpoint, gathered on rank 0."""
+    results = []
+    for path in configs:
+        loaded = load(path, flags)
+        resumed = assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60))
+        state = resumed.state()
+        results.append((checkpoint.state_hash(state.tensors) if resumed.writes else "", state.meta, state.step))
+    return results
 
 
 def check(path: Path, flags: list[str]) -> None:
