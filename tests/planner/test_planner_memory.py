@@ -45,8 +45,9 @@ def test_in_flight_is_what_the_schedules_hold(pp, packs, chunks):
     chunks = 1 if pp == 1 else chunks
     job = Job(gpt(1024, 32, 16, 1024), A100, stacks.MEGATRON_2021, pp * (packs + 1))
     schedule = create("interleaved" if chunks > 1 else "1f1b", pp, pp * (packs + 1), chunks)
-    held = float(np.broadcast_to(in_flight(job, candidates(pp=pp, chunks=chunks)), 1)[0])
-    assert held * chunks == pytest.approx(schedule.peak_in_flight(0))
+    first, last = (float(value[0]) for value in in_flight(job, candidates(pp=pp, chunks=chunks)))
+    assert first * chunks == pytest.approx(schedule.peak_in_flight(0))
+    assert last * chunks == pytest.approx(schedule.peak_in_flight(pp - 1))
 
 
 @given(st.integers(1, 10**9), st.integers(1, 64), st.integers(0, 3))

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +130,13 @@ def test_a_bad_machine_file_is_explained(tmp_path):
     }
     with pytest.raises(UserError, match="no machine and no file"):
         load("cray-1")
+
+
+def test_the_pages_machine_file_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
+    path = tmp_path / "mine.toml"
+    path.write_text(page.split("```toml\n")[1].split("```")[0])
+    assert plan("gpt2-124m", str(path), 4, 1e9).fits
 
 
 def test_planner_imports_no_torch():

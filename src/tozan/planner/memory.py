@@ -40,17 +40,19 @@ class Memory:
 
 
 def memory(job: Job, c: Candidates) -> Memory:
-    """Price the first stage: it has the embedding and the most micro-batches in flight."""
-    stack = job.stack
+    """Price the fuller of the first stage (most micro-batches in flight) and the last (the logits)."""
     blocks, ends = costs.stage_parameters(job, c)
     state = state_bytes(job, c, blocks + ends)
     inside = block_activations(job, c)
     kept = kept_activations(job, c) * costs.layers_of(job.shape, c)
-    activations = kept * in_flight(job, c)
-    logits = layer.tokens(job, c) * np.ceil(job.shape.vocabulary / c.tp) * (stack.logits_bytes / 4)
-    logits = np.where(c.pp == 1, logits, 0.0)
+    again = np.where(c.recompute > 0, inside, 0.0)
+    logits = layer.tokens(job, c) * np.ceil(job.shape.vocabulary / c.tp) * (job.stack.logits_bytes / 4)
+    first, last = in_flight(job, c)
+    logits_first = np.where(c.pp == 1, logits, 0.0)
+    heavy_end = kept * last + np.maximum(again, logits) > kept * first + np.maximum(again, logits_first)
+    activations = kept * np.where(heavy_end, last, first)
     gathered = np.where(c.zero == 3, 2 * blocks / costs.layers_of(job.shape, c) * 4.0, 0.0)
-    working = np.maximum(np.where(c.recompute > 0, inside, 0.0), logits) + gathered
+    working = np.maximum(again, np.where(heavy_end, logits, logits_first)) + gathered
     reserve = np.broadcast_to(job.machine.device.reserve, working.shape)
     away = c.offload > 0
     parts = {
@@ -107,13 +109,15 @@ def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats, Floats]:
     """Kept bytes of one block: outside tensor parallelism, inside it, of the scores, and of the MLP's inner part.
 
     Outside: inputs of two norms, inputs of the two products after them, two dropout masks of one byte. Inside: q, k, v,
-    the context, and the MLP's inner tensors (2 for GELU; 3 for SwiGLU). Scores: softmax, its mask, its dropout.
+    the context, and the MLP's inner tensors (2 for
+    GELU; 3 for SwiGLU, 4 if its two steps are not fused). Scores: softmax, its mask, its dropout.
     """
     shape, stack, item = job.shape, job.stack, job.item
     stream = layer.tokens(job, c) * shape.width
     split = np.where((c.sequence_parallel > 0) | (c.grid > 0), c.tp, 1)
     outside = stream * (2 * (stack.residual_bytes or item) + 2 * item + (2 if stack.dropout else 0)) / split
-    inner = stream * item * (3 if shape.family == "llama" else 2) * shape.mlp_width / shape.width / c.tp
+    tensors = (3 if stack.fused else 4) if shape.family == "llama" else 2
+    inner = stream * item * tensors * shape.mlp_width / shape.width / c.tp
     inside = stream * item * (2 + 2 * shape.kv_width / shape.width) / c.tp + inner
     if stack.flash:
         return outside, inside, 4.0 * layer.tokens(job, c) * shape.heads / c.tp, inner
@@ -121,14 +125,17 @@ def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats, Floats]:
     return outside, inside, pairs * (2 * item + 1 if stack.dropout else item), inner
 
 
-def in_flight(job: Job, c: Candidates) -> Floats:
-    """Micro-batches, in units of whole stages, whose activations the first stage holds at its peak.
+def in_flight(job: Job, c: Candidates) -> tuple[Floats, Floats]:
+    """Micro-batches, in units of whole stages, whose activations the first and the last stage hold at their peaks.
 
-    1F1B and ZB-H1: the number of stages; interleaved: 1 + (p − 1) / (p v) times that, as `schedules` proves.
+    1F1B: the number of stages, and 1; ZB-H1: that number on both; interleaved: (p v + p − 1) / v, and
+    ((v − 1) p + 1) / v. Tests hold all to `schedules`.
     """
     microbatches = job.global_batch / (c.dp * c.micro_batch)
-    woven = (c.pp * c.chunks + c.pp - 1) / c.chunks
-    return np.minimum(np.where(c.chunks > 1, woven, c.pp), microbatches)
+    woven = c.chunks > 1
+    first = np.where(woven, (c.pp * c.chunks + c.pp - 1) / c.chunks, c.pp)
+    last = np.where(woven, ((c.chunks - 1) * c.pp + 1) / c.chunks, np.where(c.zero_bubble > 0, c.pp, 1))
+    return np.minimum(first, microbatches), np.minimum(last, microbatches)
 
 
 def by_block(job: Job, c: Candidates, index: int) -> list[dict[str, float]]:
@@ -151,7 +158,7 @@ def by_block(job: Job, c: Candidates, index: int) -> list[dict[str, float]]:
     elements += norms * count(shard("norm", (shape.width,), mesh, mesh.coordinates(0)))
     state = float(sum(x.item() for x in state_bytes(job, one, np.array([float(elements)])).values()))
     kept = float(kept_activations(job, one)[0])
-    deepest = float(in_flight(job, one)[0])
+    deepest = float(in_flight(job, one)[0][0])
     pp, chunks = mesh.pp, int(one.chunks[0])
     rows = []
     for stage, pieces in enumerate(split_layers(shape.layers, pp, chunks)):

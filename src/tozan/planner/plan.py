@@ -29,6 +29,8 @@ from tozan.planner.published import shape_of
 from tozan.planner.search import Found, Options, search
 
 DAY = 86400.0
+TIGHT = 0.9
+"""Share of a device's memory above which a plan warns."""
 
 
 @dataclass(frozen=True)
@@ -394,6 +396,9 @@ def _advice(result: Plan, job: Job) -> list[str]:
         worse = [f"{delta:+.3g} s {name}" for delta, name in changes[:2] if delta > 0.02 * abs(gap)]
         better = [f"{delta:+.3g} s {name}" for delta, name in changes[-1:] if delta < -0.02 * abs(gap)]
         advice.append(f"The runner-up ({show.name(other)}) loses {gap:.3g} s a step: {', '.join(worse + better)}.")
+    held = sum(best.memory.values()) / job.machine.device.memory
+    if held > TIGHT:
+        advice.append(f"Tight: the first fills {held:.0%} of a device's memory, and forecasts of runs were off by 9%.")
     used, given = best.devices, result.nodes * job.machine.node.devices
     if used < given:
         advice.append(f"It uses {used:,} of {given:,} devices: no layout that divides evenly does better with more.")

@@ -111,6 +111,7 @@ def validate(rows_too: bool = False) -> Report:
                 f"{table:34} {case.label:40} {case.seconds:11.3f} {seconds:11.3f} {seconds / case.seconds - 1:+7.1%}"
             )
     report.lines += _memory_lines(machines["a100-80"])
+    report.lines.append(_whole_memory_line(tables))
     report.lines += [_collective_line(machines), _cluster_line(machines["h100-80"])]
     report.lines += [_energy_line(), _palm_line(machines), _scalar_line(machines["a100-80"])]
     report.coverage = {use: (fmean(found), len(found)) for use, found in inside.items() if found}
@@ -201,6 +202,17 @@ def _memory_lines(machine: Machine) -> list[Line]:
         _compare(name, found, constant=False)
         for name, found in (("memory: parameters and optimizer", state), ("memory: activations", kept))
     ]
+
+
+def _whole_memory_line(tables: dict[str, list[Case]]) -> Line:
+    """What runs reported per device: BLOOM's tuning and nanotron's best layouts; allocators and all."""
+    found = []
+    for table, column in (("bigscience_bloom_tuning", "mem_gb"), ("nanotron_best_configs", "peak_mem_gb")):
+        for row, case in zip(rows(table), tables[table], strict=True):
+            if row[column]:
+                held = float(np.broadcast_to(memory(case.job, case.layout).total, 1)[0]) / 1e9
+                found.append((held, float(row[column]), row["use"]))
+    return _compare("memory: whole device (BLOOM, nanotron)", found)
 
 
 def _collective_line(machines: dict[str, Machine]) -> Line:
