@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,10 @@ def test_everything_a_guide_says_works(guide, empty_folder, capsys):
             ran += 1
         elif block["language"] == "sh":
             for command in commands(block["text"]):
+                if command[0] == "torchrun":
+                    launch = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+                    done = subprocess.run(launch, capture_output=True, text=True, timeout=120, check=False)
+                    assert done.returncode == 0, done.stderr
                 if command[0] == "tozan":
                     assert main(command[1:]) == 0, (command, capsys.readouterr().err)
                     ran += 1
@@ -61,7 +66,7 @@ def test_what_make_and_pytest_are_told_to_do_is_there(page):
             elif command[0] == "pytest":
                 assert all((ROOT / path).exists() for path in command[1:])
             else:
-                assert command[0] in ("tozan", "."), f"nobody checks {command}"
+                assert command[0] in ("tozan", "torchrun", "."), f"nobody checks {command}"
     made = subprocess.run(["make", "-n", "help", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
 
