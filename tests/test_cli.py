@@ -46,7 +46,9 @@ HEAVY = {"torch", "numpy", "pydantic", "rich", "tokenizers", "pyarrow", "safeten
 def test_help_loads_nothing_heavy() -> None:
     modules = loaded_by("--help")
     assert not modules & HEAVY
-    assert {name for name in modules if name.startswith("tozan")} == {"tozan", "tozan.cli", "tozan.errors"}
+    assert {name for name in modules if name.startswith("tozan")} == {
+        *("tozan", "tozan.cli", "tozan.cli_plan", "tozan.cli_words", "tozan.errors")
+    }
 
 
 def test_refused_config_never_loads_torch() -> None:
@@ -252,6 +254,18 @@ def test_train_passes_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "done: 5 steps in runs/x" in printed
     assert cli.main(["train", "run.toml", "--train.steps=1"]) == 128 + 15
     assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_launch_writes_the_script_of_the_layout(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "run.toml", "--layout.data=4", "--launcher", "torchrun", "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert "--nproc-per-node=4" in script or "--nproc-per-node 4" in script
+    assert f"{here / 'run.toml'} --layout.data=4" in script
+    words = ["launch", "run.toml", "--layout.data=4", "--launcher", "pjm", "--nodes", "4", "--shape", "2x2"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert '#PJM -L "node=2x2' in capsys.readouterr().out
+    assert cli.main([*words[:-1], "2xtwo"]) == 2
+    assert "2x3x2" in capsys.readouterr().err
 
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,9 @@ ALLOWED = {
     "bench": {"train", "parallel", "models", "ops", "optim", "data", "comm", "planner", "config", "layout", "files"},
     "demo": {"train", "data", "report", "config", "models", "planner", "files"},
     "api": {"train", "data", "checkpoint", "models", "report", "config", "planner", "bench"},
-    "cli": {"api", "demo", "train", "data", "report", "config", "planner", "bench"},
+    "cli_words": set(),
+    "cli_plan": {"cli_words", "planner", "bench"},
+    "cli": {"cli_plan", "cli_words", "comm", "api", "demo", "train", "data", "report", "config", "planner", "bench"},
     "__main__": {"cli"},
     "__init__": {"api"},
 }

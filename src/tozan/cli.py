@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tozan import __version__
+from tozan.cli_plan import bench, plan
+from tozan.cli_words import FOLDER, examples
 
 if TYPE_CHECKING:
     from tozan.errors import Problem
 
-FOLDER = click.Path(path_type=Path)
 FLAGS = {"ignore_unknown_options": True}
 """For verbs that take `--table.key value`: what click does not know is passed on as it is."""
 
@@ -65,12 +66,6 @@ def print_warnings(problems: Iterable[Problem]) -> None:
     """Print what may be a mistake, but stops nothing."""
     for problem in problems:
         click.echo(click.style("warning: ", fg="yellow") + str(problem), err=True)
-
-
-def examples(*lines: str) -> str:
-    """The end of a verb's help: lines that may be typed as they stand."""
-    # A line of its own with a backspace character keeps click from re-filling the paragraph.
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @click.group(
@@ -136,6 +131,45 @@ def train(config: Path, flags: tuple[str, ...]) -> None:
         raise click.exceptions.Exit(128 + stop.signal) from None
     if first:
         click.echo(f"done: {result.step:,} steps in {result.folder}; see it with: tozan report {result.folder}")
+
+
+def node_shape(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    """The lengths in `2x3x2`; none for an empty text."""
+    sides = text.split("x") if text else []
+    if len(sides) > 3 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise click.BadParameter(f"{text!r} is no shape of nodes; write one to three lengths, such as 2x3x2")
+    return tuple(map(int, sides))
+
+
+@cli.command(
+    context_settings=FLAGS,
+    epilog=examples(
+        "tozan launch run.toml --layout.data 8 --nodes 2 --cores 48 --dry-run",
+        "tozan launch run.toml --launcher pjm --nodes 12 --shape 2x3x2 --queue small --stage data/mine --dry-run",
+    ),
+)
+@click.argument("config", type=FOLDER)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[--TABLE.KEY VALUE]...")
+@click.option("--launcher", type=click.Choice(["torchrun", "mpirun", "slurm", "pjm"]), help="Default: what is here.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--cores", type=click.IntRange(min=0), default=0, help="Cores of a node; 0: ranks bind themselves.")
+@click.option("--minutes", type=click.IntRange(min=1), default=60, show_default=True, help="Time limit.")
+@click.option("--queue", help="Slurm's partition, PJM's resource group.")
+@click.option("--account", help="Slurm's account, PJM's group.")
+@click.option("--shape", default="", callback=node_shape, help="PJM's node shape, such as 2x3x2.")
+@click.option("--stage", multiple=True, help="File that every rank reads: copied to the nodes first (llio_transfer).")
+@click.option("--hosts", help="File of host names, for mpirun on several nodes.")
+@click.option("--dry-run", is_flag=True, help="Print the script and start nothing.")
+def launch(config: Path, flags: tuple[str, ...], launcher: Any, dry_run: bool, **options: Any) -> None:
+    """Start a run with as many processes as its layout needs, under torchrun, mpirun, Slurm or PJM."""
+    require_file_first(config)
+    from tozan.comm.jobs import Job, start
+    from tozan.config import load
+
+    ranks = load(config, flags).config.layout.processes
+    command = (sys.executable, "-m", "tozan", "train", str(config.resolve()), *flags)
+    job = Job(command, ranks, **options)
+    raise click.exceptions.Exit(start(job, launcher, dry_run=dry_run))
 
 
 def rank_here() -> int:
@@ -304,72 +338,8 @@ def report(run: Path, out: Path | None, ledger: bool) -> None:
     click.echo(f"wrote {api.write_report(run, out)}")
 
 
-class ModelOrVerb(click.Group):
-    """`tozan plan`'s own words first; what is none of them is a MODEL to plan."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Treat an unknown first word as the argument of `layout`."""
-        return super().resolve_command(ctx, args if args[0] in self.commands else ["layout", *args])
-
-
-@cli.group(cls=ModelOrVerb, epilog=examples("tozan plan fugaku-13b --machine fugaku-2.0 --nodes 13824"))
-def plan() -> None:
-    """Which layout, how long, how much memory, what cost: tozan plan MODEL ... (`tozan plan layout --help`)."""
-
-
-@plan.command("layout", epilog=examples("tozan plan gpt2-1.3b --machine fugaku-2.0 --nodes 4096 --sweep strong"))
-@click.argument("model")
-@click.option("--machine", required=True, help="A machine that tozan ships, or a machine file.")
-@click.option("--nodes", type=int, help="Nodes to use; without it, all, or what --deadline or --budget need.")
-@click.option("--tokens", type=float, help="Tokens of the run; without it, 20 per parameter.")
-@click.option("--global-batch", type=click.IntRange(min=1), help="Samples of a step; without it, by model size.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Without it, the machine's best.")
-@click.option("--stack", default="tozan", show_default=True, help="The trainer to price, such as megatron-core.")
-@click.option("--deadline", type=float, help="Days: find the fewest nodes that meet it.")
-@click.option("--budget", type=float, help="Money: find the nodes that finish soonest within it.")
-@click.option("--sweep", type=click.Choice(["strong", "weak"]), help="Also price fewer nodes.")
-@click.option("--html", type=FOLDER, help="Write the answer as a page, too.")
-@click.option("--out", type=FOLDER, help="Folder for plan.toml and launch.sh.")
-def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, **options: Any) -> None:
-    """Find the best layouts of MODEL: a preset, a config, or a size such as 13B."""
-    from tozan import planner
-
-    found = planner.plan(model, machine, **options)
-    click.echo(found.text)
-    found.write(html, out)
-
-
-@plan.command("validate", epilog=examples("tozan plan validate --rows"))
-@click.option("--rows", is_flag=True, help="Print every row of every table.")
-def plan_validate(rows: bool) -> None:
-    """Predict published tables, and print the errors beside two baselines."""
-    from tozan import planner
-
-    click.echo(planner.validate(rows).text)
-
-
-@plan.command("talk", epilog=examples("tozan plan talk days"))
-@click.argument("page", required=False, type=click.Choice(["days", "weather", "trends", "table"]))
-def plan_talk(page: str | None) -> None:
-    """Reproduce the pages of the talk that tozan grew from, conventions stated."""
-    from tozan import planner
-
-    click.echo(planner.talk(page).text)
-
-
-@cli.group(epilog=examples("tozan bench calibrate"))
-def bench() -> None:
-    """Measure this machine."""
-
-
-@bench.command("calibrate", epilog=examples("tozan bench calibrate --out mine.toml"))
-@click.option("--out", type=FOLDER, default="machine.toml", show_default=True, help="File to write.")
-def bench_calibrate(out: Path) -> None:
-    """Measure this machine in a minute and write it as a machine file for `tozan plan`."""
-    from tozan.bench.calibrate import calibrate
-
-    calibrate(out)
-    click.echo(f"wrote {out}; try: tozan plan gpt2-124m --machine {out}")
+cli.add_command(plan)
+cli.add_command(bench)
 
 
 @cli.group()

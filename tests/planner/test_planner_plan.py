@@ -1,5 +1,6 @@
 """Plans: the best layout is the best, the config loads, questions turned round agree, mistakes are explained."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -64,6 +65,32 @@ def test_plan_reads_well_and_its_config_loads(tmp_path):
     assert config.train.steps == math.ceil(1e9 / (found.global_batch * 1024))
     assert config.train.micro_batch == found.choices[0].layout["micro_batch"]
     assert "#SBATCH" in found.launch()
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"pp": 4, "dp": 2, "tp": 2, "chunks": 2, "sequence_parallel": 1},
+        {"pp": 2, "zero_bubble": 1, "zero": 1, "dp": 4},
+        {"tp": 8, "grid": 2, "depth": 2, "dp": 3, "zero": 3},
+        {"tp": 9, "grid": 3},
+    ],
+)
+def test_the_config_says_the_whole_layout(wanted, tmp_path):
+    found = plan("gpt2-124m", "xeon-amx", 4, 1e9)
+    plain = {"pp": 1, "dp": 1, "cp": 1, "tp": 1, "grid": 0, "depth": 1, "chunks": 1, "zero": 0}
+    layout = {**found.choices[0].layout, **plain, "sequence_parallel": 0, "zero_bubble": 0, **wanted}
+    choice = dataclasses.replace(found.choices[0], layout=layout)
+    path = tmp_path / "plan.toml"
+    path.write_text(dataclasses.replace(found, choices=[choice], global_batch=144 * layout["micro_batch"]).config())
+    table = load_config(path).config.layout
+    assert (table.pipeline, table.data, table.tensor, table.zero) == tuple(
+        layout[k] for k in ("pp", "dp", "tp", "zero")
+    )
+    assert table.scheme == ("1d" if not layout["grid"] else "2.5d" if layout["depth"] > 1 else "2d")
+    assert (table.depth, table.chunks) == (layout["depth"], layout["chunks"])
+    assert table.sequence_parallel == bool(layout["sequence_parallel"])
+    assert (table.schedule == "zero-bubble") == bool(layout["zero_bubble"])
 
 
 def test_memory_and_interval_of_a_choice():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tozan.config.schema import Layout as LayoutTable
 from tozan.models.arithmetic import parameters
 
 if TYPE_CHECKING:
@@ -148,12 +148,11 @@ def _overheads(plan: Plan) -> str:
 
 
 def config(plan: Plan) -> str:
-    """A config for `tozan train`, complete as far as its schema goes; the rest of the layout as comments."""
+    """A config for `tozan train`; what the trainer cannot do yet is said in a comment."""
     best, shape = plan.choices[0], plan.shape
     one = best.layout
-    fields = {"data": "dp", "pipeline": "pp", "context": "cp", "tensor": "tp", "zero": "zero"}
-    known = {key: axis for key, axis in fields.items() if key in LayoutTable.model_fields}
-    unsaid = [axis for key, axis in fields.items() if key not in known and one[axis] > (0 if axis == "zero" else 1)]
+    unsaid = [f"cp{one['cp']}"] if one["cp"] > 1 else []
+    unsaid += [f"the optimizer in {one['offload']}"] if one["offload"] != "none" else []
     model = [f"{key} = {_toml(getattr(shape, key))}" for key in _MODEL_KEYS]
     accumulate = plan.global_batch // (one["dp"] * one["micro_batch"])
     lines = [
@@ -161,12 +160,10 @@ def config(plan: Plan) -> str:
         f"# predicted: {best.seconds:.3g} s a step ({best.low:.3g} to {best.high:.3g}), {best.days:.3g} days",
     ]
     if unsaid:
-        lines.append(
-            f"# this layout also needs {', '.join(f'{a}{one[a]}' for a in unsaid)}, which the config cannot say yet"
-        )
+        lines.append(f"# this layout also needs {' and '.join(unsaid)}, which the trainer cannot do yet")
     lines += ["version = 1", "", "[run]", f'folder = "runs/{re.sub(r"[^A-Za-z0-9.-]+", "-", plan.model)}"', ""]
     lines += ["[model]", *model, "", "[data]", 'path = "data"', "", "[layout]"]
-    lines += [f"{key} = {one[axis]}" for key, axis in known.items()]
+    lines += [f"{key} = {_toml(value)}" for key, value in _layout_table(one).items()]
     lines += [
         "",
         "[train]",
@@ -177,6 +174,19 @@ def config(plan: Plan) -> str:
     lines += [f'precision = "{plan.precision}"', f'recompute = "{one["recompute"]}"', "", "[checkpoint]"]
     every = max(1, round(best.checkpoint_minutes * 60 / best.seconds))
     return "\n".join([*lines, f"every = {every}", ""])
+
+
+def _layout_table(one: Mapping[str, Any]) -> dict[str, object]:
+    """The `[layout]` table of a choice; what is at its default is left out."""
+    table: dict[str, object] = {"data": one["dp"], "tensor": one["tp"], "pipeline": one["pp"], "zero": one["zero"]}
+    if one["grid"]:
+        table |= {"scheme": "2.5d" if one["depth"] > 1 else "2d", "depth": one["depth"]}
+    if one["sequence_parallel"]:
+        table["sequence_parallel"] = True
+    if one["pp"] > 1:
+        schedule = "interleaved" if one["chunks"] > 1 else "zero-bubble" if one["zero_bubble"] else "1f1b"
+        table |= {"schedule": schedule, "chunks": one["chunks"]}
+    return table
 
 
 _MODEL_KEYS = ("family", "layers", "width", "heads", "kv_heads", "mlp_width", "vocabulary", "sequence", "tied")

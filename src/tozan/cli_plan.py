@@ -1,0 +1,78 @@
+"""The verbs of the planner: `tozan plan` and `tozan bench calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tozan.cli_words import FOLDER, examples
+
+
+class ModelOrVerb(click.Group):
+    """`tozan plan`'s own words first; what is none of them is a MODEL to plan."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Treat an unknown first word as the argument of `layout`."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["layout", *args])
+
+
+@click.group(cls=ModelOrVerb, epilog=examples("tozan plan fugaku-13b --machine fugaku-2.0 --nodes 13824"))
+def plan() -> None:
+    """Which layout, how long, how much memory, what cost: tozan plan MODEL ... (`tozan plan layout --help`)."""
+
+
+@plan.command("layout", epilog=examples("tozan plan gpt2-1.3b --machine fugaku-2.0 --nodes 4096 --sweep strong"))
+@click.argument("model")
+@click.option("--machine", required=True, help="A machine that tozan ships, or a machine file.")
+@click.option("--nodes", type=int, help="Nodes to use; without it, all, or what --deadline or --budget need.")
+@click.option("--tokens", type=float, help="Tokens of the run; without it, 20 per parameter.")
+@click.option("--global-batch", type=click.IntRange(min=1), help="Samples of a step; without it, by model size.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Without it, the machine's best.")
+@click.option("--stack", default="tozan", show_default=True, help="The trainer to price, such as megatron-core.")
+@click.option("--deadline", type=float, help="Days: find the fewest nodes that meet it.")
+@click.option("--budget", type=float, help="Money: find the nodes that finish soonest within it.")
+@click.option("--sweep", type=click.Choice(["strong", "weak"]), help="Also price fewer nodes.")
+@click.option("--html", type=FOLDER, help="Write the answer as a page, too.")
+@click.option("--out", type=FOLDER, help="Folder for plan.toml and launch.sh.")
+def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, **options: Any) -> None:
+    """Find the best layouts of MODEL: a preset, a config, or a size such as 13B."""
+    from tozan import planner
+
+    found = planner.plan(model, machine, **options)
+    click.echo(found.text)
+    found.write(html, out)
+
+
+@plan.command("validate", epilog=examples("tozan plan validate --rows"))
+@click.option("--rows", is_flag=True, help="Print every row of every table.")
+def plan_validate(rows: bool) -> None:
+    """Predict published tables, and print the errors beside two baselines."""
+    from tozan import planner
+
+    click.echo(planner.validate(rows).text)
+
+
+@plan.command("talk", epilog=examples("tozan plan talk days"))
+@click.argument("page", required=False, type=click.Choice(["days", "weather", "trends", "table"]))
+def plan_talk(page: str | None) -> None:
+    """Reproduce the pages of the talk that tozan grew from, conventions stated."""
+    from tozan import planner
+
+    click.echo(planner.talk(page).text)
+
+
+@click.group(epilog=examples("tozan bench calibrate"))
+def bench() -> None:
+    """Measure this machine."""
+
+
+@bench.command("calibrate", epilog=examples("tozan bench calibrate --out mine.toml"))
+@click.option("--out", type=FOLDER, default="machine.toml", show_default=True, help="File to write.")
+def bench_calibrate(out: Path) -> None:
+    """Measure this machine in a minute and write it as a machine file for `tozan plan`."""
+    from tozan.bench.calibrate import calibrate
+
+    calibrate(out)
+    click.echo(f"wrote {out}; try: tozan plan gpt2-124m --machine {out}")
