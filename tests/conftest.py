@@ -1,6 +1,20 @@
-"""For all tests: hypothesis keeps no time, since a shared machine may stall any example."""
+"""For all tests: hypothesis keeps no time, and nothing is skipped where everything is required."""
 
+import os
+
+import pytest
 from hypothesis import settings
 
+# A shared machine may stall any example.
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With TOZAN_REQUIRE_ALL=1 (CI), a test that would be skipped for a missing component fails."""
+    report = yield
+    if report.skipped and os.environ.get("TOZAN_REQUIRE_ALL") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"TOZAN_REQUIRE_ALL=1 forbids skipping: {call.excinfo.value if call.excinfo else ''}"
+    return report
