@@ -125,7 +125,8 @@ class Train(Table):
     compile: bool = False
     """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
     deterministic: bool = True
-    """Use only operations that give the same bits when repeated."""
+    """Use only operations that give the same bits when repeated. Replicas then also sum gradients in the order of a
+    single process, which sends them after every micro-batch; `false` sends them once a step."""
     seed: Seed = 0
     """Seed of the initial weights and of dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
