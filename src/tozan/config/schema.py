@@ -125,8 +125,7 @@ class Train(Table):
     compile: bool = False
     """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
     deterministic: bool = True
-    """Use only operations that give the same bits when repeated. Replicas then also sum gradients in the order of a
-    single process, which sends them after every micro-batch; `false` sends them once a step."""
+    """Give the same bits when repeated, in any number of replicas; these then send gradients every micro-batch."""
     seed: Seed = 0
     """Seed of the initial weights and of dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
