@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tozan.errors import Problem, UserError
+from tozan.files import sync_folder
 
 _LOCK = "lock"
 
@@ -76,21 +77,12 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
         out: the final name, on the same file system.
         overwrite: replace what stands there.
     """
-    sync(folder)
+    sync_folder(folder)
     if overwrite and out.exists():
         aside = folder.parent / "replaced"
         out.rename(aside)
     folder.rename(out)
-    sync(out.parent)
-
-
-def sync(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(out.parent)
 
 
 def _told(out: Path, error: OSError) -> UserError:

@@ -61,7 +61,8 @@ def train_step(run: Run, clock: Clock) -> StepResult:
         losses.append(micro_loss.item())
         clock.mark("backward")
     sync.finish()
-    clock.mark("communication")
+    if not run.split.alone:
+        clock.mark("communication")
 
     loss = sum(in_order(losses, run.split.mesh["dp"])) / tokens
     lr = learning_rate(optim, run.step, run.config.train.steps)
