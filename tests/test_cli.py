@@ -47,7 +47,7 @@ def test_help_loads_nothing_heavy() -> None:
     modules = loaded_by("--help")
     assert not modules & HEAVY
     assert {name for name in modules if name.startswith("tozan")} == {
-        *("tozan", "tozan.cli", "tozan.cli_plan", "tozan.cli_words", "tozan.errors")
+        *("tozan", "tozan.cli", "tozan.cli_bench", "tozan.cli_plan", "tozan.cli_words", "tozan.errors")
     }
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tozan import __version__
-from tozan.cli_plan import bench, plan
+from tozan.cli_bench import bench
+from tozan.cli_plan import plan
 from tozan.cli_words import FOLDER, examples
 
 if TYPE_CHECKING:

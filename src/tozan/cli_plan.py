@@ -1,4 +1,4 @@
-"""The verbs of the planner: `tozan plan` and `tozan bench calibrate`."""
+"""The verbs of the planner: `tozan plan`."""
 
 from __future__ import annotations
 
@@ -61,18 +61,3 @@ def plan_talk(page: str | None) -> None:
     from tozan import planner
 
     click.echo(planner.talk(page).text)
-
-
-@click.group(epilog=examples("tozan bench calibrate"))
-def bench() -> None:
-    """Measure this machine."""
-
-
-@bench.command("calibrate", epilog=examples("tozan bench calibrate --out mine.toml"))
-@click.option("--out", type=FOLDER, default="machine.toml", show_default=True, help="File to write.")
-def bench_calibrate(out: Path) -> None:
-    """Measure this machine in a minute and write it as a machine file for `tozan plan`."""
-    from tozan.bench.calibrate import calibrate
-
-    calibrate(out)
-    click.echo(f"wrote {out}; try: tozan plan gpt2-124m --machine {out}")
