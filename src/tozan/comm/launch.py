@@ -26,7 +26,7 @@ from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
 from tozan.comm.mesh import Mesh
 from tozan.comm.monitor import EXIT_LOST, Monitor
-from tozan.comm.place import Place, check, find, interface_to
+from tozan.comm.place import Place, address_towards, check, find, interface_to, is_loopback
 from tozan.layout import Layout
 
 
@@ -61,10 +61,10 @@ def join(
     if place.world_size == 1:
         yield Mesh.create(layout)
         return
-    interface = interface_to(place.master)
+    store = _connect(place, timeout_s, master=place.rank == 0 and not place.hosted)
+    interface = _interface(place, store)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    store = _connect(place, timeout_s, master=place.rank == 0 and not place.hosted)
     # The heartbeat is patient enough for the message to come from here and not from gloo's own timeout.
     patience = timedelta(seconds=timeout_s + lost_after_s + 10)
     dist.init_process_group(
@@ -99,6 +99,22 @@ def _connect(place: Place, timeout_s: float, master: bool) -> TCPStore:
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
+
+
+def _interface(place: Place, store: TCPStore) -> str | None:
+    """The interface that leads to the other ranks.
+
+    That is the one towards rank 0, but not on rank 0's own host, whose name may be a loopback address there (Debian
+    writes 127.0.1.1): it takes the one towards a rank of another host.
+    """
+    towards = place.master
+    if place.local_size < place.world_size:
+        mine = address_towards(place.master)
+        store.set(f"address/{place.rank}", mine)
+        if is_loopback(mine):
+            addresses = (store.get(f"address/{rank}").decode() for rank in range(place.world_size))
+            towards = next((address for address in addresses if not is_loopback(address)), towards)
+    return interface_to(towards)
 
 
 def _bind(place: Place, store: TCPStore, threads: int) -> str:

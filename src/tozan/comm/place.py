@@ -5,6 +5,7 @@ Understood: torchrun, OpenMPI's and Fujitsu's mpirun/mpiexec (Fugaku under PJM),
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -87,6 +88,14 @@ def check(world_size: int, place: Place, wanted_by: str = "layout") -> None:
     )
 
 
+def address_towards(address: str) -> str:
+    """This host's own address on the route to `address`; a loopback address if that is this host itself."""
+    family, *_, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # a datagram socket: chooses the route, sends nothing
+        return str(probe.getsockname()[0])
+
+
 def interface_to(address: str) -> str | None:
     """The network interface that packets to `address` leave by; None if it cannot be told.
 
@@ -95,16 +104,18 @@ def interface_to(address: str) -> str | None:
     """
     import psutil
 
-    family, *_, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # a datagram socket: chooses the route, sends nothing
-        mine = probe.getsockname()[0]
-    if mine.startswith("127."):
+    mine = address_towards(address)
+    if is_loopback(mine):
         return "lo"
     for name, addresses in psutil.net_if_addrs().items():
         if any(candidate.address.partition("%")[0] == mine for candidate in addresses):
             return str(name)
     return None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address reaches this host only."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def expand_hosts(text: str) -> list[str]:

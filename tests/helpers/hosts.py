@@ -1,0 +1,136 @@
+"""Several hosts on one machine: network namespaces with names and addresses of their own, joined by veth and a bridge.
+
+    with hosts.several(2) as (first, second):
+        process = first.start([sys.executable, "worker.py"], MASTER_ADDR=first.name)
+        second.unplug()                       # the link goes down: its connections are half open from now on
+
+Each host has its own host name (UTS namespace), an interface `eth0` beside `lo`, and an /etc/hosts as Debian writes
+it: its own name is 127.0.1.1 there, the others' names are their addresses. The bridge lies in a namespace of its own,
+so the machine's network is left as it is. Files and processes are the machine's. Needs root and iproute2.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERFACE = "eth0"
+_ADDRESS = "192.168.213.{}"
+"""Above 127.0.0.1: of two gloo ranks the one with the higher address is called by the other, so that a rank which
+listens on a loopback address by mistake is found out."""
+_ETC = Path("/etc/netns")
+_HOSTNAME = 'hostname "$0" && exec "$@"'
+
+
+def available() -> bool:
+    """Whether namespaces can be made here; tests skip otherwise, and fail where everything is required."""
+    if os.geteuid() or not all(shutil.which(tool) for tool in ("ip", "unshare", "hostname")):
+        return False
+    space = _space()
+    made = subprocess.run(["ip", "netns", "add", space], capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "delete", space], check=True)
+    return made
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of them.
+
+    Attributes:
+        name: host name, known to all.
+        address: of its interface.
+        space: its network namespace.
+    """
+
+    name: str
+    address: str
+    space: str
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """The words that run a command on this host."""
+        inside = ["unshare", "--uts", "sh", "-c", _HOSTNAME, self.name, *map(str, words)]
+        return ["ip", "netns", "exec", self.space, *inside]
+
+    def start(self, words: Sequence[str], **variables: object) -> subprocess.Popen[str]:
+        """Start a command here; its output and its errors are read from the pipes of the result."""
+        return subprocess.Popen(
+            self.command(words),
+            env=os.environ | {name: str(value) for name, value in variables.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def unplug(self) -> None:
+        """Take the link down: packets vanish both ways and nobody is told."""
+        _ip("-n", self.space, "link", "set", INTERFACE, "down")
+
+    def plug(self) -> None:
+        """Bring the link up again."""
+        _ip("-n", self.space, "link", "set", INTERFACE, "up")
+
+    def processes(self) -> list[int]:
+        """All processes of this host."""
+        return [int(word) for word in _ip("netns", "pids", self.space).split()]
+
+
+@contextmanager
+def several(count: int) -> Iterator[tuple[Host, ...]]:
+    """Make hosts; at the end, their processes are killed and nothing of them is left, whatever happened."""
+    switch = _space()
+    made = [Host(f"node{number}", _ADDRESS.format(number + 1), _space()) for number in range(count)]
+    try:
+        _ip("netns", "add", switch)
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for number, host in enumerate(made):
+            _ip("netns", "add", host.space)
+            _write_names(host, made)
+            peer = ["peer", "name", f"port{number}", "netns", switch]
+            _ip("link", "add", INTERFACE, "netns", host.space, "type", "veth", *peer)
+            _ip("-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
+            _ip("-n", host.space, "address", "add", f"{host.address}/24", "dev", INTERFACE)
+            for interface in ("lo", INTERFACE):
+                _ip("-n", host.space, "link", "set", interface, "up")
+        yield tuple(made)
+    finally:
+        for host in made:
+            _remove(host)
+        subprocess.run(["ip", "netns", "delete", switch], capture_output=True)
+
+
+def _space() -> str:
+    return f"tozan-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def _ip(*words: str) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _write_names(host: Host, everyone: Sequence[Host]) -> None:
+    """`ip netns exec` puts the files of /etc/netns/<space> in the place of those in /etc."""
+    folder = _ETC / host.space
+    folder.mkdir(parents=True)
+    lines = ["127.0.0.1 localhost", f"127.0.1.1 {host.name}"]
+    lines += [f"{other.address} {other.name}" for other in everyone if other is not host]
+    (folder / "hosts").write_text("\n".join([*lines, ""]))
+
+
+def _remove(host: Host) -> None:
+    with suppress(RuntimeError):
+        for process in host.processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    subprocess.run(["ip", "netns", "delete", host.space], capture_output=True)
+    shutil.rmtree(_ETC / host.space, ignore_errors=True)
