@@ -25,7 +25,7 @@ def start(host, first, rank, role, **variables):
 def test_ranks_of_two_hosts_find_the_interface_between_them_although_rank_0_is_called_127_0_1_1(pair):
     started = [start(host, pair[0], rank, "once") for rank, host in enumerate(pair)]
     for host, process in zip(pair, started, strict=True):
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
         assert "sum 1" in output
         assert f"on {host.name}" in errors
