@@ -72,11 +72,17 @@ class Ledger:
 
     Args:
         keep: newest entries kept one by one; the totals are kept over the whole run.
+
+    Attributes:
+        entries: the newest finished operations, oldest first.
+        totals: sums by (axis, operation, name).
+        by_axis: sums by axis, never cleared, so that a clock may ask before and after.
     """
 
     def __init__(self, keep: int = 10_000) -> None:
         self.entries: deque[Entry] = deque(maxlen=keep)
         self.totals: dict[tuple[str, str, str], Total] = {}
+        self.by_axis: dict[str, Total] = {}
         self._sequences: dict[str, int] = {}
         self._open: dict[int, Entry] = {}
         self._lock = threading.Lock()
@@ -95,11 +101,12 @@ class Ledger:
         with self._lock:
             self._open.pop(id(entry), None)
             self.entries.append(entry)
-            total = self.totals.setdefault((entry.axis, entry.operation, entry.name), Total())
-            total.count += 1
-            total.bytes += entry.bytes
-            total.wait += entry.wait
-            total.transfer += entry.transfer
+            key = entry.axis, entry.operation, entry.name
+            for total in (self.totals.setdefault(key, Total()), self.by_axis.setdefault(entry.axis, Total())):
+                total.count += 1
+                total.bytes += entry.bytes
+                total.wait += entry.wait
+                total.transfer += entry.transfer
 
     def oldest_open(self) -> Entry | None:
         """The operation started longest ago that has not ended: what this rank waits for, or will."""
@@ -122,8 +129,12 @@ class Ledger:
                 result.transfer += total.transfer
         return result
 
+    def waited(self) -> float:
+        """Seconds for which this rank has stood still so far, over all axes."""
+        return sum(total.wait for total in self.by_axis.values())
+
     def clear(self) -> None:
-        """Forget entries and totals; sequence numbers go on."""
+        """Forget entries and totals; sequence numbers and the sums by axis go on."""
         with self._lock:
             self.entries.clear()
             self.totals.clear()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tozan.comm import Axis, collectives
+from tozan.comm.ledger import Total
 from tozan.parallel.mail import Mail
 from tozan.parallel.placement import Placement
 from tozan.parallel.tied import TiedEmbedding, frozen
@@ -42,12 +43,20 @@ class Outcome:
         steps: this stage's actions with their times, in seconds from the beginning of the step.
         busy: seconds in which this stage computed.
         idle: seconds in which it waited for others, to the moment when the last stage was done.
+        begin: when the step began, in seconds of `time.perf_counter`.
+        forward: seconds in forward passes, waits for other axes left out.
+        backward: seconds in backward passes, the same.
+        waited: seconds waited for other stages, by the ledger: `idle` without the bookkeeping.
     """
 
     losses: Tensor
     steps: list[Step]
     busy: float
     idle: float
+    begin: float
+    forward: float
+    backward: float
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,14 @@ class Pipeline:
         local_shape: of the activations that stages hand on.
         autocast: opens the context that forward passes run in.
 
+    Attributes:
+        outcome: what the last step did.
+
     Raises:
         ValueError: schedule, layers and axis are not of the same number of stages and chunks.
     """
+
+    outcome: Outcome | None = None
 
     def __init__(
         self,
@@ -154,20 +168,29 @@ class Pipeline:
         """
         if len(inputs) != self.schedule.microbatches:
             raise ValueError(f"{len(inputs)} micro-batches for a schedule of {self.schedule.microbatches}")
+        ledger = self.axis.ledger
+        of_stages = ledger.by_axis.setdefault(self.axis.name, Total())
+        begin, before = time.perf_counter(), of_stages.wait
         run = _Step(self, inputs, targets, factor)
-        begin = time.perf_counter()
-        steps = []
+        steps, computing = [], {"forward": 0.0, "backward": 0.0}
         for number, action in enumerate(self.schedule.actions[self.stage]):
             run.prepare(number)
             arrived = run.receive(action)
-            start = time.perf_counter()
+            start, stood = time.perf_counter(), ledger.waited()
             run.do(action, arrived)
-            steps.append(Step(self.stage, action, start - begin, time.perf_counter() - begin))
+            end = time.perf_counter()
+            steps.append(Step(self.stage, action, start - begin, end - begin))
+            kind = "forward" if action.kind == "forward" else "backward"
+            computing[kind] += end - start - (ledger.waited() - stood)
         run.finish()
         losses = self._spread(run.losses)
         busy = sum(step.end - step.start for step in steps)
-        busy += 0.0 if run.tied is None else run.tied.seconds
-        return Outcome(losses, steps, busy, time.perf_counter() - begin - busy)
+        if run.tied is not None:
+            busy += run.tied.seconds
+            computing["backward"] += run.tied.seconds
+        idle = time.perf_counter() - begin - busy
+        self.outcome = Outcome(losses, steps, busy, idle, begin, **computing, waited=of_stages.wait - before)
+        return self.outcome
 
     @torch.no_grad()
     def evaluate(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

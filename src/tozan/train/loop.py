@@ -10,6 +10,7 @@ import torch
 
 from tozan.checkpoint import Saver
 from tozan.models.arithmetic import hardware_flops, model_flops
+from tozan.train.breakdown import Breakdown
 from tozan.train.evaluate import held_out
 from tozan.train.faults import BadSteps, Interrupted, StopSignal
 from tozan.train.metrics import Clock, Metrics
@@ -45,6 +46,7 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
     config = run.config
     synchronize = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     metrics = Metrics.open(run.folder, config, on_record) if run.writes else Metrics([])
+    breakdown = Breakdown(run.folder, run.split.mesh.rank, run.split.mesh.ledger, run.split.stage)
     result, score = None, None
     try:
         with open_saver(run) as saver, StopSignal(run.split.mesh) as stop, open_profiler(run) as profiler:
@@ -52,13 +54,15 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 metrics.write("event", run.step, event=event, text=text)
             if run.step == 0 and config.eval.every:
                 score = evaluate(run, metrics)
-            bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize)
+            bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize, run.split.mesh.ledger)
             while run.step < config.train.steps and not stop.agreed():
                 profiler.begin(run.step + 1)
+                breakdown.begin(run.step + 1, clock)
                 result = train_step(run, clock)
                 advance(run, result)
                 profiler.end(run.step)
-                report(run, result, metrics, clock)
+                breakdown.end(run.step, clock)
+                report(run, result, metrics, clock, breakdown)
                 bad.record(run.step, None if result.overflow else result.skipped)
                 last = run.step == config.train.steps
                 if due(run.step, config.eval.every) or last:
@@ -76,6 +80,7 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 raise Interrupted(stop.received, run.step)
     finally:
         metrics.close()
+        breakdown.close()
         write_ledger(run)
     return Result(run.folder, run.step, result.loss if result else None, score)
 
@@ -121,8 +126,8 @@ def advance(run: Run, result: StepResult) -> None:
     run.tokens += result.tokens
 
 
-def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock) -> None:
-    """Write the step's record.
+def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock, breakdown: Breakdown) -> None:
+    """Write the step's record, and this rank's part of the breakdown.
 
     `seconds` and `phases` run from the previous record to this one, so they hold the evaluation and the checkpoint
     between the two; rates leave those out.
@@ -132,6 +137,7 @@ def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock) -> None
     if run.step % run.config.metrics.every and run.step != run.config.train.steps:
         return
     seconds, phases = clock.lap()
+    breakdown.write(run.step, seconds, phases)
     working = seconds - phases.get("evaluation", 0.0) - phases.get("checkpoint", 0.0)
     steps = (
         run.config.metrics.every if run.step % run.config.metrics.every == 0 else run.step % run.config.metrics.every

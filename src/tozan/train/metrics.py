@@ -10,33 +10,60 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from tozan.comm.ledger import Ledger
 from tozan.config.schema import Config
 from tozan.errors import Problem, UserError
 
 Record = dict[str, Any]
 
 
+WHOLE = ("evaluation", "checkpoint")
+"""Phases that keep their waits: they are not part of what a step costs."""
+
+
 class Clock:
     """Splits wall time into named phases that sum to it.
 
-    `mark(phase)` charges the time since the last mark; what nobody charged is `other`.
+    `mark(phase)` charges the time since the last mark; what nobody charged is `other`. Waits for other ranks are taken
+    out of the phase in which they happened and charged to `wait/<axis>`, as the ledger has measured them.
+
+    Args:
+        synchronize: waits for a GPU.
+        ledger: this rank's.
+
+    Attributes:
+        trace: where to note (phase, start, end) of every mark, in seconds of `time.perf_counter`; None: nowhere.
     """
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, synchronize: Callable[[], None] = lambda: None, ledger: Ledger | None = None) -> None:
         self._synchronize = synchronize
+        self._axes = (ledger or Ledger()).by_axis
+        self._waited = {axis: total.wait for axis, total in self._axes.items()}
         self._start = self._last = time.perf_counter()
         self._phases: dict[str, float] = {}
+        self.trace: list[tuple[str, float, float]] | None = None
 
     def mark(self, phase: str) -> None:
-        """Charge the time since the last mark to `phase`; on a GPU, wait for it first."""
+        """Charge the time since the last mark to `phase`, less its waits; on a GPU, wait for it first."""
         self._synchronize()
         now = time.perf_counter()
-        self._phases[phase] = self._phases.get(phase, 0.0) + now - self._last
+        span = now - self._last
+        if self.trace is not None:
+            self.trace.append((phase, self._last, now))
+        for axis, total in self._axes.items():
+            waited = total.wait - self._waited.get(axis, 0.0)
+            self._waited[axis] = total.wait
+            if waited > 0.0 and phase not in WHOLE:
+                # Operations that overlap on several threads must not count the same second twice.
+                waited = min(waited, span)
+                span -= waited
+                self._phases[f"wait/{axis}"] = self._phases.get(f"wait/{axis}", 0.0) + waited
+        self._phases[phase] = self._phases.get(phase, 0.0) + span
         self._last = now
 
     def move(self, phase: str, to: str, seconds: float) -> None:
         """Charge `seconds` of a phase to another one."""
-        self._phases[phase] -= seconds
+        self._phases[phase] = self._phases.get(phase, 0.0) - seconds
         self._phases[to] = self._phases.get(to, 0.0) + seconds
 
     def lap(self) -> tuple[float, dict[str, float]]:
@@ -58,9 +85,15 @@ class Sink(Protocol):
 
 
 class Jsonl:
-    """One JSON object a line, appended. A number that is not finite is written as null: JSON has no word for it."""
+    """One JSON object a line, appended. A number that is not finite is written as null: JSON has no word for it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        hold: seconds for which lines may stay in this process before they are handed to the kernel.
+    """
+
+    def __init__(self, path: Path, hold: float = 0.0) -> None:
+        self._hold, self._flushed = hold, time.monotonic()
         # A killed writer may have left half a line; what follows must not be glued to it.
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a", encoding="utf-8")
@@ -70,7 +103,10 @@ class Jsonl:
     def write(self, record: Record) -> None:
         """Append, and hand the line to the kernel so that a killed process does not lose it."""
         self._file.write(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        now = time.monotonic()
+        if now - self._flushed >= self._hold:
+            self._file.flush()
+            self._flushed = now
 
     def close(self) -> None:
         """Force everything to disk."""

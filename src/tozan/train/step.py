@@ -110,14 +110,13 @@ def seed_dropout(run: Run, number: int) -> None:
 
 
 def run_pipeline(run: Run, batches: list[tuple[Tensor, Tensor]], tokens: int, clock: Clock) -> list[float]:
-    """The same through the stages of a pipeline.
-
-    Forward and backward interleave, so they are one phase here, and waiting for other stages is another.
-    """
+    """The same through the stages of a pipeline, whose engine knows what it spent on which pass."""
     assert run.split.stage is not None
     inputs, targets = zip(*batches, strict=True)
     outcome = run.split.stage.step(inputs, targets, run.precision.scale / tokens)
-    clock.mark("pipeline")
-    clock.move("pipeline", "bubble", outcome.idle)
+    clock.mark("other")
+    clock.move("other", "forward", outcome.forward)
+    clock.move("other", "backward", outcome.backward)
+    clock.move("wait/pp", "bubble", outcome.waited)
     run.split.sync.begin(last=True)
     return [float(loss) for loss in outcome.losses.tolist()]
