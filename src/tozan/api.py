@@ -170,7 +170,7 @@ def evaluate(
         path: a run folder or a checkpoint.
         data: a data set; None: the one it was trained on.
         samples: held-out samples to score (fewer if there are fewer).
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, `bf16`, `fp16` or `fp64`.
 
     Raises:
         UserError: no checkpoint, no data, or data of another tokenizer.

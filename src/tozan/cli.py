@@ -285,7 +285,7 @@ def generate(checkpoint: Path, prompt: str, **options: Any) -> None:
 @click.option(
     "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Held-out samples to score."
 )
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16", "fp64"]), default="fp32", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(checkpoint: Path, data: Path | None, samples: int, precision: str, as_json: bool) -> None:
     """Score a model on held-out text. CHECKPOINT is a run folder or one checkpoint."""

@@ -2,11 +2,13 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from tozan.train import assemble
+from tozan import checkpoint, models
+from tozan.train import assemble, evaluate, fit
 from tozan.train.metrics import Clock
 from tozan.train.precision import Precision
-from tozan.train.step import train_step
+from tozan.train.step import own_micro_batches, train_step
 
 CPU = torch.device("cpu")
 
@@ -59,3 +61,25 @@ def test_an_fp16_overflow_shrinks_the_scale_and_is_no_bad_step(configure):
     assert math.isfinite(result.loss)
     assert run.precision.scale == 2.0**39
     assert all(torch.equal(p, weights[name]) for name, p in run.split.sync.parameters.items())
+
+
+def test_fp64_is_fp64_throughout(configure):
+    """Gradients agree with PyTorch's own of an fp64 model to fp64's rounding, and a checkpoint keeps every bit."""
+    run = assemble(configure("--train.precision=fp64", "--train.steps=3", "--optim.clip=0"))
+    model = models.create(run.shape, run.config.train.seed).double()
+    batches, tokens = own_micro_batches(run)
+    loss = sum(cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum") for x, y in batches) / tokens
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    result = train_step(run, Clock())
+    assert result.loss == pytest.approx(loss.item(), rel=1e-13)
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-13)
+    ended = fit(run)
+    saved = checkpoint.load(checkpoint.resolve(run.folder))
+    kept = {**run.split.sync.parameters, **run.optimizer.tensors()}
+    for name, tensor in saved.tensors.items():
+        if not name.startswith("rng/"):
+            assert tensor.dtype == torch.float64
+            assert torch.equal(tensor, kept[name.partition("/")[2]])
+    held_out = evaluate(run.folder, samples=4, precision="fp64")["loss"]
+    assert held_out == pytest.approx(ended.held_out["loss"], rel=1e-13)

@@ -304,17 +304,21 @@ def threads_have_cores(config: Config) -> Iterator[Finding]:
 
 
 @_rule(
-    "model.layers", "model.width", "model.heads", "model.kv_heads", "model.mlp_width", "model.vocabulary", warning=True
+    *("model.layers", "model.width", "model.heads", "model.kv_heads", "model.mlp_width", "model.vocabulary"),
+    "train.precision",
+    warning=True,
 )
 def state_fits_memory(config: Config) -> Iterator[Finding]:
-    """Weights, gradients and AdamW's two moments, all fp32, take 16 bytes a parameter in every process."""
+    """Weights, gradients and AdamW's two moments take 16 bytes a parameter in every process (fp64: 32)."""
     if not hasattr(os, "sysconf") or config.model.width % config.model.heads:
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     count = arithmetic.parameters(arithmetic.resolve(config.model, tokenizer_size=64))
-    if 16 * count > memory:
+    each = 32 if config.train.precision == "fp64" else 16
+    need = each * count
+    if need > memory:
         yield (
-            f"{count:,} parameters × 16 bytes (weights, gradients, AdamW) = {16 * count / 2**30:.0f} GiB per process; "
+            f"{count:,} parameters × {each} bytes (weights, gradients, AdamW) = {need / 2**30:.0f} GiB per process; "
             f"this machine has {memory / 2**30:.0f} GiB",
             "train it on a larger machine, or write smaller sizes",
         )

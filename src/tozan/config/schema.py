@@ -118,8 +118,8 @@ class Train(Table):
     """Micro-batches of one process in one optimizer step. Default: solved for, else 1."""
     global_batch: Annotated[Count, Field(examples=[32])] | None = None
     """Samples in one optimizer step: micro_batch × accumulate × layout.data. Default: that product."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Compute type. Weights, gradients and optimizer state stay fp32; fp16 scales the loss dynamically."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
+    """Compute type. Weights, gradients and optimizer state stay fp32 (with fp64: fp64); fp16 scales the loss."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, the MLP's inner ones (`selective`), or all (`full`)."""
     compile: bool = False

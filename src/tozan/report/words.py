@@ -9,7 +9,7 @@ import numpy as np
 
 from tozan.report.history import Array, History
 
-PRECISIONS = {"bf16": "bf16 (fp32 weights)", "fp16": "fp16 (fp32 weights)", "fp32": "fp32"}
+PRECISIONS = {"bf16": "bf16 (fp32 weights)", "fp16": "fp16 (fp32 weights)", "fp32": "fp32", "fp64": "fp64"}
 
 
 def amount(value: float) -> str:

@@ -72,7 +72,8 @@ def open_model(path: Path, device: str = "auto") -> tuple[nn.Module, Tokenizer, 
             Problem(str(path), "has no tokenizer.json", "convert the model again from a folder that has one")
         )
     model = models.create(Shape(**state.meta["shape"]), seed=0)
-    model.load_state_dict({name.removeprefix("model/"): tensor for name, tensor in state.tensors.items()})
+    # Assigned, not copied, so that weights keep their type.
+    model.load_state_dict({name.removeprefix("model/"): t for name, t in state.tensors.items()}, assign=True)
     model = model.to(machine.choose_device(device)).eval()
     return model, Tokenizer.load(state.files["tokenizer.json"]), {"step": state.step, **state.meta}
 
@@ -86,7 +87,7 @@ def evaluate(
         path: a run folder or a checkpoint.
         data: a data set folder; default is the one that the checkpoint was trained on.
         samples: held-out windows to score (fewer if the split is smaller).
-        precision: compute type, `fp32`, `bf16` or `fp16`.
+        precision: compute type, `fp32`, `bf16`, `fp16` or `fp64`.
 
     Raises:
         UserError: no checkpoint, no data, or data of another tokenizer.
@@ -108,6 +109,6 @@ def evaluate(
                 "build the data with the model's tokenizer: tozan data build … --tokenizer CHECKPOINT/tokenizer.json",
             )
         )
-    device = next(model.parameters()).device
+    how = Precision(precision, next(model.parameters()).device)  # type: ignore[arg-type]
     at_once = max(1, 4096 // meta["shape"]["sequence"])
-    return {"step": meta["step"], **held_out(model, split, samples, at_once, Precision(precision, device))}  # type: ignore[arg-type]
+    return {"step": meta["step"], **held_out(model.to(how.weights), split, samples, at_once, how)}

@@ -1,4 +1,4 @@
-"""Compute precision: autocast over fp32 master weights, and the loss scale that fp16 needs."""
+"""Compute precision: autocast over fp32 master weights, the loss scale that fp16 needs, and everything in fp64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 class Precision:
@@ -15,20 +15,25 @@ class Precision:
 
     The scale starts at 2^16, halves whenever a gradient overflows and doubles after 2,000 good steps in a row
     (mixed precision training, arXiv 1710.03740). Scales are powers of two, so they change no bit of a finite gradient.
+
+    Attributes:
+        dtype: of matrix products.
+        weights: of weights, gradients, optimizer state and what is not a matrix product.
     """
 
     growth_interval = 2_000
 
-    def __init__(self, name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> None:
+    def __init__(self, name: Literal["fp32", "bf16", "fp16", "fp64"], device: torch.device) -> None:
         self.name = name
         self.dtype = DTYPES[name]
+        self.weights = torch.float64 if name == "fp64" else torch.float32
         self.device = device
         self.scale = 2.0**16 if name == "fp16" else 1.0
         self.good_steps = 0
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context in which matrix products run in the compute type."""
-        if self.name == "fp32":
+        if self.dtype == self.weights:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 

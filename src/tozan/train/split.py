@@ -140,12 +140,13 @@ class Split:
 
     def _assemble(self, name: str, size: torch.Size, piece: Tensor | None) -> Tensor:
         """One global tensor from the pieces of pipeline stages and tensor-parallel ranks, bit for bit."""
-        whole = torch.zeros(size)
+        dtype = next(iter(self.sync.parameters.values())).dtype
+        whole = torch.zeros(size, dtype=dtype)
         if piece is not None and tensor.counts_here(self.placements[name], self.mesh):
             self.placements[name].put(piece.detach(), whole)
         # Each element has one owner. Added as integers, its bits survive (0.0 + -0.0 would lose a sign).
-        bits = whole.view(torch.int32)
-        return collectives.all_reduce(bits, self.mesh.joined("pp", "tp"), name=f"state of {name}").view(torch.float32)
+        bits = whole.view(torch.int64 if dtype == torch.float64 else torch.int32)
+        return collectives.all_reduce(bits, self.mesh.joined("pp", "tp"), name=f"state of {name}").view(dtype)
 
     def own(self, name: str, whole: Tensor, slot: str = "") -> Tensor | None:
         """This rank's piece of a global tensor; None if it holds nothing of it."""
@@ -170,7 +171,7 @@ def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precis
     if table.pipeline > 1:
         part = pipeline.cut(model, layout.split_layers(shape.layers, table.pipeline, table.chunks), mesh["pp"].index)
     tensor.fill(model, placements, lambda name, size: initial(shape, name, size, config.train.seed))
-    model.to(device)
+    model.to(device, precision.weights)
     recompute.apply(model, config.train.recompute)
     if config.train.compile:
         if table.zero == 3:
