@@ -28,11 +28,12 @@ ALLOWED = {
     "optim": {"comm"},
     "data": {"files"},
     "checkpoint": {"models", "files", "layout"},
+    "recovery": {"files"},
     "planner": {"models.arithmetic", "models", "schedules", "layout", "config", "files"},
     "report": {"models.arithmetic", "planner", "config", "files", "bench.result"},
     "train": {
         *("parallel", "checkpoint", "optim", "data", "models", "ops", "comm", "planner", "config", "layout"),
-        *("schedules", "files"),
+        *("schedules", "files", "recovery"),
     },
     "bench": {"train", "parallel", "models", "ops", "optim", "data", "comm", "planner", "config", "layout", "files"},
     "demo": {"train", "data", "report", "config", "models", "planner", "files"},
@@ -40,8 +41,11 @@ ALLOWED = {
     "cli_words": set(),
     "cli_plan": {"cli_words", "planner"},
     "cli_bench": {"cli_words", "bench"},
+    "cli_chaos": {"cli_words", "recovery", "config"},
+    "forkserver": {"cli"},
     "cli": {
         "cli_plan",
+        "cli_chaos",
         "cli_bench",
         "cli_words",
         "comm",
@@ -58,7 +62,20 @@ ALLOWED = {
     "__init__": {"api"},
 }
 
-TORCH_FREE = ["cli", "api", "config", "planner", "report", "schedules", "layout", "data", "models", "errors"]
+TORCH_FREE = [
+    "cli",
+    "cli_chaos",
+    "recovery",
+    "api",
+    "config",
+    "planner",
+    "report",
+    "schedules",
+    "layout",
+    "data",
+    "models",
+    "errors",
+]
 STANDARD_LIBRARY_AND = {"config": {"pydantic", "rich"}, "schedules": set(), "layout": set(), "errors": set()}
 
 

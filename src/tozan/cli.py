@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -18,8 +19,10 @@ import click
 
 from tozan import __version__
 from tozan.cli_bench import bench
+from tozan.cli_chaos import agent
 from tozan.cli_plan import plan
 from tozan.cli_words import FOLDER, examples
+from tozan.errors import EXIT_AGAIN
 
 if TYPE_CHECKING:
     from tozan.errors import Problem
@@ -29,7 +32,7 @@ FLAGS = {"ignore_unknown_options": True}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb and return the exit code: 0, 2 for a user's mistakes, 130 after Ctrl-C.
+    """Run a verb and return the exit code: 0, 2 for a user's mistakes, 130 after Ctrl-C, 75 to be started again.
 
     Args:
         arguments: words after `tozan`; None: those of this process.
@@ -129,7 +132,7 @@ def train(config: Path, flags: tuple[str, ...]) -> None:
             result = trainer.train(loaded, live.record if live else None)
     except trainer.Interrupted as stop:
         click.echo(str(stop), err=True)
-        raise click.exceptions.Exit(128 + stop.signal) from None
+        raise click.exceptions.Exit(130 if stop.signal == signal.SIGINT else EXIT_AGAIN) from None
     if first:
         click.echo(f"done: {result.step:,} steps in {result.folder}; see it with: tozan report {result.folder}")
 
@@ -341,6 +344,7 @@ def report(run: Path, out: Path | None, ledger: bool) -> None:
 
 cli.add_command(plan)
 cli.add_command(bench)
+cli.add_command(agent)
 
 
 @cli.group()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EXIT_AGAIN = 75
+"""Exit status of a run that was asked to stop and has saved its state: started again, it continues (EX_TEMPFAIL)."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from tozan.comm import binding
 from tozan.comm.collectives import CommunicationError
@@ -61,7 +61,9 @@ def join(
     if place.world_size == 1:
         yield Mesh.create(layout)
         return
-    store = _connect(place, timeout_s, master=place.rank == 0 and not place.hosted)
+    store: Store = _connect(place, timeout_s, master=place.rank == 0 and not place.hosted)
+    if place.generation:  # the store outlives the ranks: what earlier ones have left there is not for these
+        store = PrefixStore(f"generation {place.generation}", store)
     interface = _interface(place, store)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -73,9 +75,15 @@ def join(
     bound = _bind(place, store, threads)
     if place.local_rank == 0 or place.local_size <= 8:
         print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
-    beats = PrefixStore("monitor", _connect(place, timeout_s, master=False))
+    beats = PrefixStore(f"monitor {place.generation}", _connect(place, timeout_s, master=False))
     monitor = Monitor(
-        beats, place.rank, place.world_size, Ledger(), lost_after=lost_after_s, hang_after=timeout_s
+        beats,
+        place.rank,
+        place.world_size,
+        Ledger(),
+        lost_after=lost_after_s,
+        hang_after=timeout_s,
+        explain=not place.generation,  # an agent knows who was lost, and everyone is to leave at once
     ).start()
     try:
         yield Mesh.create(layout, timeout_s=patience.total_seconds(), debug=debug, monitor=monitor)
@@ -101,7 +109,7 @@ def _connect(place: Place, timeout_s: float, master: bool) -> TCPStore:
     )
 
 
-def _interface(place: Place, store: TCPStore) -> str | None:
+def _interface(place: Place, store: Store) -> str | None:
     """The interface that leads to the other ranks.
 
     That is the one towards rank 0, but not on rank 0's own host, whose name may be a loopback address there (Debian
@@ -117,7 +125,7 @@ def _interface(place: Place, store: TCPStore) -> str | None:
     return interface_to(towards)
 
 
-def _bind(place: Place, store: TCPStore, threads: int) -> str:
+def _bind(place: Place, store: Store, threads: int) -> str:
     """Bind this rank; returns what was done, in words."""
     if not hasattr(os, "sched_getaffinity"):
         return "not bound (this system cannot)"
@@ -135,9 +143,9 @@ def _bind(place: Place, store: TCPStore, threads: int) -> str:
     return f"{chosen}, {torch.get_num_threads()} threads"
 
 
-def _leave(place: Place, store: TCPStore) -> None:
+def _leave(place: Place, store: Store) -> None:
     """Rank 0 may hold the store, so it leaves last."""
     if store.add("left", 1) == place.world_size:
         store.set("all left", "1")
-    if place.rank == 0:
+    if place.rank == 0 and not place.generation:
         store.wait(["all left"])

@@ -52,6 +52,7 @@ class Monitor:
         interval: seconds between beats.
         lost_after: seconds without a beat after which a rank is lost.
         hang_after: seconds in one operation after which the run hangs.
+        explain: after a failed operation wait for the verdict on who was lost; else leave that to others.
         end: what ends the process; replaced in tests.
     """
 
@@ -65,10 +66,11 @@ class Monitor:
         interval: float = 2.0,
         lost_after: float = 12.0,
         hang_after: float = 120.0,
+        explain: bool = True,
         end: Callable[[], None] = _end,
     ) -> None:
         self.ledger, self.rank, self.world_size = ledger, rank, world_size
-        self._store, self._end = store, end
+        self._store, self._end, self._explain = store, end, explain
         self._interval, self._lost_after, self._hang_after = interval, lost_after, hang_after
         self._stopped, self._count = threading.Event(), 0
         self._seen: dict[int, tuple[int, float]] = {}
@@ -100,6 +102,8 @@ class Monitor:
         Returns only if every rank is alive after all, so that the caller can raise its own error.
         """
         self._failed_operation = operation
+        if not self._explain:
+            return
         self._stopped.wait(self._lost_after + 3 * self._interval)
 
     def _run(self) -> None:

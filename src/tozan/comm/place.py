@@ -6,12 +6,13 @@ Understood: torchrun, OpenMPI's and Fujitsu's mpirun/mpiexec (Fugaku under PJM),
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import socket
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tozan.errors import Problem, UserError
 
@@ -27,8 +28,9 @@ class Place:
         local_size: processes of this node.
         master: address of the node that holds rank 0.
         port: where rank 0 listens.
-        launcher: who started the process: `torchrun`, `mpirun`, `slurm`, `pjm` or `none`.
-        hosted: the launcher itself answers at `master:port` (torchrun's agent does).
+        launcher: who started the process: `torchrun`, `mpirun`, `slurm`, `pjm`, `agent` (tozan's own) or `none`.
+        hosted: the launcher itself answers at `master:port` (torchrun's agent does, and tozan's).
+        generation: how often tozan's agent has started the ranks; 0 without it.
     """
 
     rank: int = 0
@@ -39,10 +41,11 @@ class Place:
     port: int = 0
     launcher: str = "none"
     hosted: bool = False
+    generation: int = 0
 
 
 def find(environment: Mapping[str, str] | None = None) -> Place:
-    """Read the launcher's variables.
+    """Read the variables of tozan's agent, or of the launcher.
 
     Args:
         environment: default: this process's.
@@ -51,6 +54,9 @@ def find(environment: Mapping[str, str] | None = None) -> Place:
         UserError: variables that contradict each other, or no way to find the node of rank 0.
     """
     e = os.environ if environment is None else environment
+    if "TOZAN_AGENT" in e:
+        found = _place(e, "agent", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), True)
+        return replace(found, generation=int(json.loads(e["TOZAN_AGENT"])["generation"]))
     if "RANK" in e and "WORLD_SIZE" in e:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in e else "none"
         hosted = e.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

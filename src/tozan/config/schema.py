@@ -183,6 +183,19 @@ class Checkpoint(Table):
     """Write while training goes on, from a copy of the state."""
 
 
+class Recovery(Table):
+    """What a run survives. All but `warning` take effect under `tozan agent` only."""
+
+    copies: bool = True
+    """Keep a copy of every process's state in memory, made after each step: a lost process costs one step at most."""
+    restarts: Count = 10
+    """Restarts in a row without a new step, after which the agent gives up."""
+    stopped: Annotated[float, Field(gt=0.0, le=86_400.0)] = 10.0
+    """Seconds that a process may stand stopped (SIGSTOP) before it counts as lost."""
+    warning: Literal["SIGUSR1", "SIGUSR2", ""] = "SIGUSR1"
+    """Signal by which the scheduler warns of the end, beside SIGTERM: the run saves and leaves with exit status 75."""
+
+
 class Metrics(Table):
     """What is written down. `metrics.jsonl` in the run folder is always written."""
 
@@ -216,4 +229,5 @@ class Config(Table):
     optim: Optim = Optim()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    recovery: Recovery = Recovery()
     metrics: Metrics = Metrics()

@@ -12,18 +12,18 @@ from tozan.errors import Problem, UserError
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request to stop at the next step boundary.
+    """Turns the first SIGINT, SIGTERM or warning of the scheduler into a request to stop at the next step boundary.
 
     A second one acts at once, as it would have without this. Only the main thread can catch signals; elsewhere
     (a notebook's worker thread) this does nothing.
 
     Args:
         mesh: ranks that must stop together; None for one process.
+        warning: name of the signal by which the scheduler warns; empty: none.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, mesh: Mesh | None = None) -> None:
+    def __init__(self, mesh: Mesh | None = None, warning: str = "") -> None:
+        self.signals = (signal.SIGINT, signal.SIGTERM, *([signal.Signals[warning]] if warning else []))
         self.received: signal.Signals | None = None
         self._mesh = mesh
         self._previous: dict[signal.Signals, object] = {}

@@ -49,16 +49,25 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
     breakdown = Breakdown(run.folder, run.split.mesh.rank, run.split.mesh.ledger, run.split.stage)
     result, score = None, None
     try:
-        with open_saver(run) as saver, StopSignal(run.split.mesh) as stop, open_profiler(run) as profiler:
+        with (
+            open_saver(run) as saver,
+            StopSignal(run.split.mesh, run.config.recovery.warning) as stop,
+            open_profiler(run) as profiler,
+        ):
             for event, text in run.notes:
                 metrics.write("event", run.step, event=event, text=text)
             if run.step == 0 and config.eval.every:
                 score = evaluate(run, metrics)
+            run.copies.keep(run)
             bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize, run.split.mesh.ledger)
             while run.step < config.train.steps and not stop.agreed():
                 profiler.begin(run.step + 1)
+                run.copies.begin(run.step + 1)
                 breakdown.begin(run.step + 1, clock)
                 result = train_step(run, clock)
+                if result.skipped is not None and not result.overflow:  # what a machine's fault has done comes once
+                    run.copies.roll_back(run)
+                    result = train_step(run, clock)
                 advance(run, result)
                 profiler.end(run.step)
                 breakdown.end(run.step, clock)
@@ -71,6 +80,9 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 if due(run.step, config.checkpoint.every) or last:
                     save(run, saver, metrics)
                     clock.mark("checkpoint")
+                if not last:  # the last step counts as done when its checkpoint is on the disk
+                    run.copies.keep(run)
+                    clock.mark("copy")
             if stop.received and run.step < config.train.steps:
                 if not due(run.step, config.checkpoint.every):
                     save(run, saver, metrics)

@@ -24,6 +24,7 @@ from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
 from tozan.optim.adamw import SLOTS, AdamW
 from tozan.train import machine
+from tozan.train.copies import Copies
 from tozan.train.precision import Precision
 from tozan.train.split import Split, build, mesh_layout
 
@@ -50,6 +51,7 @@ class Run:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    copies: Copies = field(default_factory=Copies)
     notes: list[tuple[str, str]] = field(default_factory=list)
     """Events of the assembly, as (event, text), to be written to the metrics."""
 
@@ -128,9 +130,13 @@ class Run:
         else:
             self._take_pieces(folder)
         torch.set_rng_state(start.tensors["rng/cpu"])
-        self.optimizer.updates = start.meta["updates"]
-        self.precision.load(start.meta["precision"])
-        self.step, self.samples, self.tokens = start.step, start.meta["samples"], start.meta["tokens"]
+        self.take(start.step, start.meta)
+
+    def take(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Continue counting from what `meta()` said after `step`."""
+        self.optimizer.updates = meta["updates"]
+        self.precision.load(meta["precision"])
+        self.step, self.samples, self.tokens = step, meta["samples"], meta["tokens"]
 
     @torch.no_grad()
     def _take_pieces(self, folder: Path) -> None:
@@ -208,6 +214,7 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     precision = Precision(config.train.precision, device)
     split = build(config, shape, mesh, device, precision)
     folder.mkdir(parents=True, exist_ok=True)
+    copies = Copies.open()
     run = Run(
         config=config,
         folder=folder,
@@ -218,8 +225,9 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
         split=split,
         optimizer=AdamW(split.sync.parameters, config.optim, split.sync.matrices),
         precision=precision,
-        peak_flops=machine.measure_gemm_rate(precision.dtype, device) * mesh.world_size,
+        peak_flops=copies.peak_flops() or machine.measure_gemm_rate(precision.dtype, device) * mesh.world_size,
         config_toml=loaded.toml(),
+        copies=copies,
     )
     torch.manual_seed(config.train.seed)
     resume(run)
@@ -247,7 +255,10 @@ def open_data(config: Config) -> tuple[Dataset, Dataset | None]:
 
 
 def resume(run: Run) -> None:
-    """Restore the newest good checkpoint of the run's folder; damaged ones are passed over and noted."""
+    """Go on from a copy in memory, else from the newest good checkpoint; damaged ones are passed over and noted."""
+    if run.copies.resume(run):
+        run.notes.append(("resumed", f"continues from the copy of step {run.step} in memory"))
+        return
     newest = checkpoint.newest(run.checkpoints, lambda problem: run.notes.append(("damaged checkpoint", str(problem))))
     if newest is not None:
         run.restore(newest)

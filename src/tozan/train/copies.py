@@ -1,0 +1,112 @@
+"""Copies of this rank's own state in memory that outlives it, after every step; only under an agent.
+
+A copy holds the live tensors of this rank alone (its parameters or its shards of them, its optimizer state, the random
+generator), in a fixed order, as raw bytes. Making one is a copy and a sum over memory; nothing is sent or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tozan.recovery.slots import Slots
+
+if TYPE_CHECKING:
+    from tozan.train.run import Run
+
+
+class Copies:
+    """What this rank does with its memory; without an agent, nothing.
+
+    Args:
+        told: what the agent says in TOZAN_AGENT: the memory's file descriptor, and which step to resume.
+    """
+
+    def __init__(self, told: dict[str, Any] | None = None) -> None:
+        self._slots = Slots(told["memory"]) if told else None
+        self._keeps = bool(told and told["copies"])
+        self._resume: int | None = told["resume"] if told else None
+        self._kept: int | None = None
+        self._views: list[tuple[str, Tensor]] = []
+
+    @staticmethod
+    def open() -> Copies:
+        """Those that the environment speaks of."""
+        told = os.environ.get("TOZAN_AGENT")
+        return Copies(json.loads(told) if told else None)
+
+    def peak_flops(self) -> float | None:
+        """The peak that was measured before, where there is a copy to resume from."""
+        found = self._slots.read(self._resume) if self._slots and self._resume is not None else None
+        return float(found[0]["peak_flops"]) if found else None
+
+    def begin(self, step: int) -> None:
+        """Leave word that a step was begun."""
+        if self._slots:
+            self._slots.begin(step)
+
+    def keep(self, run: Run) -> None:
+        """Copy the state of the step that was just done."""
+        if not self._slots or not self._keeps or self._kept == run.step:
+            return
+        bodies = [body for _, body in self._tensors(run)]
+        length = sum(body.numel() for body in bodies)
+        padded = -(-length // 8) * 8
+        target = torch.frombuffer(self._slots.body(padded), dtype=torch.uint8)
+        torch.cat(bodies, out=target[:length])
+        target[length:] = 0
+        head = {"of": self._signature(run), "meta": run.meta(), "peak_flops": run.peak_flops}
+        self._slots.commit(run.step, head, padded, int(target.view(torch.int64).sum()))
+        self._kept = run.step
+
+    def resume(self, run: Run) -> bool:
+        """Continue from the copy that the agent has chosen; False if it has chosen none.
+
+        Raises:
+            RuntimeError: the copy is damaged or belongs to another layout; the agent then chooses anew.
+        """
+        if self._resume is None:
+            return False
+        self._restore(run, self._resume)
+        return True
+
+    def roll_back(self, run: Run) -> bool:
+        """Go back to the newest copy, which undoes whatever has happened to the state since; False if there is none."""
+        if self._kept is None:
+            return False
+        self._restore(run, self._kept)
+        return True
+
+    @torch.no_grad()
+    def _restore(self, run: Run, step: int) -> None:
+        assert self._slots
+        found = self._slots.read(step)
+        if found is None or found[0]["of"] != self._signature(run):
+            raise RuntimeError(f"the copy of step {step} in memory is damaged, or of another layout")
+        head, body = found
+        source, at = torch.frombuffer(body, dtype=torch.uint8), 0
+        for name, live in self._tensors(run):
+            live.copy_(source[at : at + live.numel()])
+            if name == "rng/cpu":
+                torch.set_rng_state(live)
+            at += live.numel()
+        run.split.sync.publish()
+        run.take(step, head["meta"])
+        self._kept = step
+
+    def _tensors(self, run: Run) -> list[tuple[str, Tensor]]:
+        """Everything that a copy holds, as flat views of bytes."""
+        if not self._views:  # the live tensors stay where they are for the whole run
+            named = {f"model/{name}": p.detach() for name, p in run.split.sync.parameters.items()}
+            named |= {f"optimizer/{name}": t for name, t in run.optimizer.tensors().items()}
+            self._views = [(name, t.view(-1).view(torch.uint8)) for name, t in named.items()]
+        return [*self._views, ("rng/cpu", torch.get_rng_state())]
+
+    def _signature(self, run: Run) -> str:
+        """Tells apart copies that hold other tensors, or other parts of them."""
+        return hashlib.sha256(json.dumps([run.config.layout.model_dump(), run.split.mesh.rank]).encode()).hexdigest()
