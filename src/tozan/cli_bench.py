@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tozan.cli_words import FOLDER, examples
 
+if TYPE_CHECKING:
+    from tozan.bench.result import Result
 
-@click.group(epilog=examples("tozan bench calibrate"))
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+class Several(click.ParamType):
+    """A list with commas, of whole numbers from 1 or of some words: `1,2,4`."""
+
+    name = "list"
+
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.words = tuple(words)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """The parts of `value`, which may be a list already."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if self.words:
+            wrong = [part for part in parts if part not in self.words]
+            wanted = f"one or more of {', '.join(self.words)}"
+        else:
+            wrong = [part for part in parts if not part.isdecimal() or int(part) < 1]
+            wanted = "whole numbers from 1"
+        if wrong:
+            self.fail(f"{wrong[0]!r}: write {wanted}, with commas between them", param, ctx)
+        return tuple(parts) if self.words else tuple(map(int, parts))
+
+
+NUMBERS = Several()
+OUT = click.option("--out", type=FOLDER, help="Also write the result as JSON here.")
+SECONDS = click.option("--seconds", type=float, default=0.2, show_default=True, help="On each measurement, at least.")
+REPEATS = click.option("--repeats", type=click.IntRange(1), default=6, show_default=True, help="Of each, at least.")
+
+
+def finish(result: Result, page: Sequence[object], out: Path | None) -> None:
+    """Print a measurement and write its file."""
+    from tozan.bench.show import show
+
+    show(*page)
+    if out:
+        result.write(out)
+        click.echo(f"wrote {out}")
+
+
+@click.group(epilog=examples("tozan bench gemm gpt2-124m", "tozan bench compare before.json after.json"))
 def bench() -> None:
     """Measure this machine."""
 
@@ -22,3 +69,72 @@ def bench_calibrate(out: Path) -> None:
 
     calibrate(out)
     click.echo(f"wrote {out}; try: tozan plan gpt2-124m --machine {out}")
+
+
+@bench.command(
+    "gemm", epilog=examples("tozan bench gemm gpt2-124m --threads 1,2", "tozan bench gemm fugaku --out gemm.json")
+)
+@click.argument("model", default="gpt2-124m")
+@click.option("--micro-batch", type=click.IntRange(1), help="Samples of a pass; without it, about 4,096 tokens.")
+@click.option("--tensor", type=NUMBERS, help="Ranks that share every matrix; fugaku: 1,2,4,8,16,32.")
+@click.option("--precision", type=Several(PRECISIONS), default="bf16,fp32", show_default=True, help="Compute types.")
+@click.option("--threads", type=NUMBERS, help="Thread counts; without it, 1 and all cores.")
+@SECONDS
+@REPEATS
+@OUT
+def bench_gemm(
+    model: str,
+    micro_batch: int | None,
+    tensor: tuple[int, ...] | None,
+    precision: tuple[str, ...],
+    threads: tuple[int, ...] | None,
+    seconds: float,
+    repeats: int,
+    out: Path | None,
+) -> None:
+    """Measure every matrix product of a model's step, forward and backward.
+
+    MODEL is a preset, a config, a size such as 13B, or `fugaku`: a layer 7,168 wide, split over 1 to 32 ranks.
+    """
+    from tozan.bench import gemm
+
+    work = gemm.work(model, micro_batch, tensor, precision, threads, seconds, repeats)
+    result = gemm.run(work)
+    finish(result, gemm.page(result), out)
+
+
+@bench.command("compare", epilog=examples("tozan bench compare before.json after.json"))
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+def bench_compare(a: Path, b: Path) -> None:
+    """Say row by row how two measurements differ, and which differences exceed the noise."""
+    from tozan.bench.compare import compare
+    from tozan.bench.result import read
+    from tozan.bench.show import comparison, show
+
+    show(*comparison(compare(read(a), read(b))))
+
+
+@bench.command(
+    "step",
+    context_settings={"ignore_unknown_options": True},
+    epilog=examples(
+        "tozan bench step gpt2-124m",
+        "tozan bench step configs/gpt2-tiny.toml --train.precision fp32 --out step.json",
+    ),
+)
+@click.argument("model")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[--TABLE.KEY VALUE]...")
+@click.option("--steps", type=click.IntRange(1), default=6, show_default=True, help="Steps to measure, after two.")
+@SECONDS
+@REPEATS
+@OUT
+def bench_step(model: str, flags: tuple[str, ...], steps: int, seconds: float, repeats: int, out: Path | None) -> None:
+    """Measure a step of the trainer beside its floor: matrix products and memory at measured rates.
+
+    MODEL is a preset or a config; --table.key flags replace its values. The tokens are random.
+    """
+    from tozan.bench import step
+
+    result = step.run(model, flags, steps, seconds, repeats)
+    finish(result, step.page(result), out)

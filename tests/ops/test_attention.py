@@ -84,7 +84,7 @@ def test_models_use_it_in_bf16_and_agree_with_torch(family, monkeypatch):
     monkeypatch.setattr(layers, "causal_attention", lambda *t: calls.append(1) or causal_attention(*t))
     loss, found = gradients()
     assert len(calls) == 2
-    monkeypatch.setattr(layers, "_BLOCKED_FROM", 1 << 30)
+    monkeypatch.setattr(layers, "BLOCKED_FROM", 1 << 30)
     expected_loss, expected = gradients()
     assert loss == pytest.approx(expected_loss, rel=1e-3)
     assert (found - expected).norm() <= 0.02 * expected.norm()

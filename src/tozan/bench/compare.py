@@ -67,10 +67,8 @@ def compare(a: Result, b: Result) -> Comparison:
 def _difference(a: Row, b: Row) -> Difference:
     ratio, low, high = _divide(b.median, a.median), _divide(b.low, a.high), _divide(b.high, a.low)
     if a.unit != b.unit:
-        return Difference(
-            a.name, f"{a.unit} | {b.unit}", a.median, b.median, math.nan, math.nan, math.nan, "other unit"
-        )
-    if 2 / comb(a.repeats + b.repeats, a.repeats) > 1 - CONFIDENCE:
+        ratio, low, high, verdict = math.nan, math.nan, math.nan, "other unit"
+    elif 2 / comb(a.repeats + b.repeats, a.repeats) > 1 - CONFIDENCE:
         verdict = "too few repeats"
     else:
         verdict = "differs" if a.high < b.low or b.high < a.low else "within noise"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tozan.models.arithmetic import Shape
 from tozan.ops import causal_attention
 
-_BLOCKED_FROM = 128
+BLOCKED_FROM = 128
 """Tokens from which attention in blocks was measured to be faster than PyTorch's kernel on CPUs, in bf16."""
 
 
@@ -155,7 +155,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     tokens, length = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if tokens == length >= _BLOCKED_FROM and q.is_cpu and q.dtype == torch.bfloat16:
+    if tokens == length >= BLOCKED_FROM and q.is_cpu and q.dtype == torch.bfloat16:
         return causal_attention(q, k, v)  # type: ignore[no-any-return]
     if tokens == length or tokens == 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=tokens == length > 1, enable_gqa=grouped)

@@ -51,7 +51,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for sample in range(q.shape[0]):
         grouped = q[sample].view(k.shape[1], -1, tokens, size)
         keys, values = k[sample].contiguous(), v[sample].contiguous()
-        for first, end in _blocks(tokens):
+        for first, end in query_blocks(tokens):
             p = _probabilities(grouped[:, :, first:end], keys[:, :end], first)
             output[sample, :, first:end] = torch.bmm(p, values[:, :end]).view(heads, end - first, size)
     return output
@@ -67,7 +67,7 @@ def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         queries, arriving = (tensor[sample].view(kv_heads, -1, tokens, size) for tensor in (q, dy))
         keys, values = k[sample].contiguous(), v[sample].contiguous()
         sum_k, sum_v = (keys.new_zeros(keys.shape, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in "kv")
-        for first, end in _blocks(tokens):
+        for first, end in query_blocks(tokens):
             block = queries[:, :, first:end]
             p = _probabilities(block, keys[:, :end], first)
             dy_block = arriving[:, :, first:end].reshape(kv_heads, -1, size)
@@ -103,7 +103,7 @@ def _empty_output(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
-def _blocks(tokens: int) -> list[tuple[int, int]]:
+def query_blocks(tokens: int) -> list[tuple[int, int]]:
     """First and end position of each block of queries: 256 of them, 128 in short samples (measured)."""
     block = 256 if tokens >= 1024 else 128
     return [(first, min(first + block, tokens)) for first in range(0, tokens, block)]

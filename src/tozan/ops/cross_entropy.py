@@ -79,7 +79,7 @@ def _pass(
     with torch.autocast(x.device.type, enabled=False):
         weight = weight.to(dtype)
         weight_again = weight.to(gradient_dtype)
-        chunk = _chunk_tokens(x.shape[0], weight.shape[0])
+        chunk = chunk_tokens(x.shape[0], weight.shape[0])
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             tokens = x[rows].to(dtype)
@@ -96,7 +96,7 @@ def _pass(
     return loss.sum()
 
 
-def _chunk_tokens(tokens: int, vocabulary: int) -> int:
+def chunk_tokens(tokens: int, vocabulary: int) -> int:
     """Tokens per chunk: at most 2²⁶ logits (128 MiB in bf16), and chunks of nearly equal size."""
     chunks = -(-tokens * vocabulary // _CHUNK_ELEMENTS)
     return max(1, -(-tokens // max(1, chunks)))

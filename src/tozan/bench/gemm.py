@@ -1,0 +1,244 @@
+"""The rate of every matrix product of a training step: forward and both gradients, by precision, threads and split.
+
+Operands are random (matrix units run faster on zeros), and each product is called as the trainer calls it:
+`F.linear(x, w)` forward, `dy @ w` for the input's gradient, `dy.T @ x` for the weight's, `torch.bmm` in attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tozan.bench import measure
+from tozan.bench.result import Peak, Result, Row
+from tozan.bench.show import foot, head, percent, scaled, table
+from tozan.errors import Problem, UserError
+from tozan.models.arithmetic import Shape
+from tozan.models.layers import BLOCKED_FROM
+from tozan.models.products import Product, other_flops, products
+from tozan.ops.attention import query_blocks
+from tozan.ops.cross_entropy import chunk_tokens
+from tozan.planner.plan import find_shape
+from tozan.train import machine
+
+FUGAKU = Shape("gpt2", 1, 7168, 56, 56, 28672, 51200, 2048)
+"""One layer of the GPT of the talk that tozan grew from: 7168 wide, 56 heads, 2,048 tokens."""
+FUGAKU_SPLITS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured.
+
+    Attributes:
+        model: a preset, a config, a size such as 13B, or `fugaku`.
+        micro_batch: samples in one forward pass.
+        tensor: ranks that share the matrices, each a measurement of its own.
+        precisions: compute types.
+        threads: thread counts.
+        seconds: at each product, at least.
+        repeats: at each product, at least.
+    """
+
+    model: str
+    micro_batch: int
+    tensor: tuple[int, ...]
+    precisions: tuple[str, ...]
+    threads: tuple[int, ...]
+    seconds: float = 0.2
+    repeats: int = 6
+
+    @property
+    def shape(self) -> Shape:
+        """The model's sizes; a UserError if there is no such model."""
+        return FUGAKU if self.model == "fugaku" else find_shape(self.model)
+
+
+def work(
+    model: str,
+    micro_batch: int | None,
+    tensor: tuple[int, ...] | None,
+    precisions: tuple[str, ...],
+    threads: tuple[int, ...] | None,
+    seconds: float = 0.2,
+    repeats: int = 6,
+) -> Work:
+    """Fill in what was left out: about 4,096 tokens, no split (fugaku: 1 to 32), one thread and all cores."""
+    fugaku = model == "fugaku"
+    everything = tuple(sorted({1, measure.cores()}))
+    found = Work(
+        model,
+        micro_batch or 1,
+        tensor or (FUGAKU_SPLITS if fugaku else (1,)),
+        precisions,
+        threads or everything,
+        seconds,
+        repeats,
+    )
+    return found if micro_batch or fugaku else replace(found, micro_batch=default_micro_batch(found.shape))
+
+
+def run(work: Work) -> Result:
+    """Measure every product.
+
+    Raises:
+        UserError: no such model, or it cannot be split so.
+    """
+    machine.prepare(None, deterministic=False)
+    rows: list[Row] = []
+    peaks: dict[str, Peak] = {}
+    for precision, threads in product(work.precisions, work.threads):
+        with measure.threads(threads):
+            best = measure.peaks([precision])[precision].measured
+            found = [(tensor, *one) for tensor in work.tensor for one in _rates(work, tensor, precision)]
+        best = max([best, *(max(rates) for *_, rates in found)])
+        rows += [_row(one, share, rates, precision, threads, tensor, best) for tensor, one, share, rates in found]
+        if threads == max(work.threads):
+            peaks[precision] = Peak(measured=best)
+    return measure.made("gemm", rows, vars(work), peaks=peaks, notes=_notes(work))
+
+
+def step_products(
+    shape: Shape, dtype: torch.dtype, micro_batch: int, micro_batches: int = 1, tensor: int = 1
+) -> list[Product]:
+    """The products of a step as the trainer executes them: attention by blocks of queries, the head in chunks.
+
+    Where attention is PyTorch's own kernel (short samples, fp32, fp16), the blocks stand for what happens inside it.
+    """
+    ours = dtype == torch.bfloat16 and shape.sequence >= BLOCKED_FROM
+    try:
+        return products(
+            shape,
+            micro_batch,
+            micro_batches,
+            tensor,
+            query_blocks=query_blocks(shape.sequence),
+            attention_samples=1 if ours else None,
+            head_tokens=chunk_tokens(micro_batch * shape.sequence, shape.vocabulary // tensor),
+        )
+    except ValueError as error:
+        raise UserError(Problem("--tensor", str(error), "choose a divisor")) from None
+
+
+def default_micro_batch(shape: Shape) -> int:
+    """Samples of about 4,096 tokens, as `tozan train` takes them by default."""
+    return max(1, 4096 // shape.sequence)
+
+
+def timed(one: Product, dtype: torch.dtype, seconds: float, repeats: int) -> list[float]:
+    """Seconds of each repeat of a product."""
+    return measure.times(call(one, dtype), seconds, repeats)
+
+
+def call(one: Product, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A product on random operands that lie in memory as the trainer's do."""
+    generator = torch.Generator().manual_seed(0)
+
+    def operand(rows: int, columns: int) -> Tensor:
+        size = (rows, columns) if one.batch == 1 else (one.batch, rows, columns)
+        return torch.randn(size, generator=generator).to(dtype)
+
+    if one.form == "nt":
+        a, b = operand(one.m, one.k), operand(one.n, one.k)
+        return (lambda: F.linear(a, b)) if one.batch == 1 else (lambda: torch.bmm(a, b.transpose(1, 2)))
+    if one.form == "nn":
+        a, b = operand(one.m, one.k), operand(one.k, one.n)
+        return lambda: torch.matmul(a, b)
+    a, b = operand(one.k, one.m), operand(one.k, one.n)
+    return lambda: torch.matmul(a.transpose(-2, -1), b)
+
+
+def _rates(work: Work, tensor: int, precision: str) -> Iterator[tuple[Product, float, list[float]]]:
+    """Each product with its share of the step's FLOPs and its FLOP/s; equal shapes are measured once."""
+    known: dict[Product, list[float]] = {}
+    dtype = measure.DTYPES[precision]
+    listed = _listed(work, dtype, tensor)
+    total = sum(one.step_flops for one in listed)
+    if work.model != "fugaku":
+        total += other_flops(work.shape, work.micro_batch) // tensor
+    for one in listed:
+        key = replace(one, name="", direction="forward", count=1)
+        if key not in known:
+            took = timed(one, dtype, work.seconds, work.repeats)
+            known[key] = [one.flops / seconds for seconds in took]
+        yield one, one.step_flops / total, known[key]
+
+
+def _listed(work: Work, dtype: torch.dtype, tensor: int) -> list[Product]:
+    if work.model == "fugaku":
+        return [one for one in products(FUGAKU, work.micro_batch, tensor=tensor) if one.name != "head"]
+    return step_products(work.shape, dtype, work.micro_batch, tensor=tensor)
+
+
+def _row(
+    one: Product, share: float, rates: Sequence[float], precision: str, threads: int, tensor: int, best: float
+) -> Row:
+    split = f" tensor {tensor}" if tensor > 1 else ""
+    element = measure.DTYPES[precision].itemsize
+    rate = median(rates)
+    return Row.of(
+        f"{one.name} {one.direction} {one.label} {precision} {threads} threads{split}",
+        "FLOP/s",
+        rates,
+        product=one.name,
+        direction=one.direction,
+        form=one.form,
+        m=one.m,
+        n=one.n,
+        k=one.k,
+        batch=one.batch,
+        count=one.count,
+        precision=precision,
+        threads=threads,
+        tensor=tensor,
+        seconds=one.flops / rate,
+        flops=one.flops,
+        flops_per_second=rate,
+        share=share,
+        bytes=one.bytes(element),
+        peak_share=rate / best,
+    )
+
+
+def _notes(work: Work) -> list[str]:
+    notes = ["operands are random; `peak_share` is of the best product in the same precision and threads"]
+    if work.model == "fugaku":
+        uneven = [split for split in work.tensor if FUGAKU.heads % split]
+        if uneven:
+            splits = ", ".join(map(str, uneven))
+            notes.append(f"56 heads do not divide by {splits}: attention is that of a rank with most of them")
+        return [*notes, "one layer without the output head; scores in full, T × T"]
+    matrix = sum(one.step_flops for one in step_products(work.shape, torch.float32, work.micro_batch))
+    other = other_flops(work.shape, work.micro_batch)
+    notes.append(
+        f"matrix products are {percent(matrix / (matrix + other))} of the step's FLOPs; of attention's scores the "
+        "causal half is counted, in blocks as the trainer computes it"
+    )
+    return notes
+
+
+def page(result: Result) -> list[object]:
+    """What `tozan bench gemm` prints: the blocks of attention together, one line for each product and direction."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in result.rows:
+        key = (row["precision"], str(row["threads"]), str(row["tensor"]), row["product"], row["direction"])
+        groups.setdefault(key, []).append(row)
+    lines: list[tuple[str, ...]] = []
+    for (precision, threads, tensor, name, direction), rows in groups.items():
+        spent = sum(row["count"] * row["seconds"] for row in rows)
+        rate = sum(row["count"] * row["flops"] for row in rows) / spent
+        best = rows[0]["flops_per_second"] / rows[0]["peak_share"]
+        sizes = (rows[-1]["m"], rows[-1]["n"], rows[-1]["k"])
+        label = "×".join(map(str, (rows[-1]["batch"], *sizes) if rows[-1]["batch"] > 1 else sizes))
+        label += f" +{len(rows) - 1}" if len(rows) > 1 else ""
+        share = percent(sum(row["share"] for row in rows))
+        lines.append((name, direction, label, precision, threads, tensor, share, scaled(spent, "s"), scaled(rate)))
+        lines[-1] += (percent(rate / best),)
+    headings = ("product", "direction", "shape", "type", "threads", "split", "share", "a step", "FLOP/s", "of best")
+    return [head(result), table(headings, lines, left=3), foot(result)]

@@ -1,0 +1,98 @@
+"""Measurements on a terminal: columns of numbers with metric prefixes. Torch-free."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tozan.bench.compare import Comparison
+from tozan.bench.result import Result
+
+WIDTH = 100
+"""Columns that every page fits into."""
+
+
+def scaled(value: float, unit: str = "", digits: int = 3) -> str:
+    """A value with a metric prefix: `scaled(1.8e11, "FLOP/s")` is `180 GFLOP/s`, `scaled(2e-5, "s")` is `20 µs`."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.{digits}g} {prefix}{unit}".replace("e+03", "000")
+    return f"{value * 1e6:.{digits}g} µ{unit}" if value else f"0 {unit}"
+
+
+def percent(share: float) -> str:
+    """A share in three digits at most: `0.344` is `34.4%`."""
+    return f"{100 * share:.3g}%"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+    """Rows under headings; all columns but the first `left` are set to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if index < left else "right", no_wrap=index > 0, overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def show(*parts: object) -> None:
+    """Print tables and lines: with colours on a screen, plainly and `WIDTH` columns wide elsewhere."""
+    screen = sys.stdout.isatty()
+    width = max(60, min(shutil.get_terminal_size().columns, 160)) if screen else WIDTH
+    console = Console(width=width, highlight=False, file=sys.stdout if screen else io.StringIO())
+    for part in parts:
+        console.print(Text(part) if isinstance(part, str) else part)
+    if not screen:
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        print("\n".join(line.rstrip() for line in text.splitlines()))
+
+
+def head(result: Result) -> str:
+    """The first lines of a measurement: where and with what it was made."""
+    machine = result.machine
+    where = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
+    what = ", ".join(f"{name} {version}" for name, version in result.versions.items() if name in ("tozan", "torch"))
+    lines = [f"{where}; {what}"]
+    if result.peaks:
+        rates = (f"{name} {scaled(peak.measured, 'FLOP/s')}" for name, peak in result.peaks.items())
+        lines.append("best GEMM: " + ", ".join(rates))
+    if result.bandwidth:
+        lines.append(f"memory: {scaled(result.bandwidth, 'bytes/s')} (copy, both ways counted)")
+    return "\n".join(lines)
+
+
+def foot(result: Result) -> str:
+    """The notes, one on each line."""
+    return "\n".join(f"· {note}" for note in result.notes)
+
+
+def comparison(found: Comparison) -> list[object]:
+    """What `tozan bench compare` prints."""
+    rows = [
+        (
+            one.name,
+            scaled(one.a, one.unit),
+            scaled(one.b, one.unit),
+            f"{one.ratio:.3f}",
+            f"{one.low:.3f} to {one.high:.3f}",
+            one.verdict,
+        )
+        for one in found.differences
+    ]
+    lines: list[object] = [f"warning: {warning}" for warning in found.warnings]
+    if rows:
+        lines.append(table(("row", "A", "B", "B / A", "spread", "verdict"), rows))
+    counts = {verdict: sum(one.verdict == verdict for one in found.differences) for verdict in _VERDICTS}
+    lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "no row in common")
+    if found.missing:
+        lines.append(f"in one file only: {', '.join(found.missing)}")
+    return lines
+
+
+_VERDICTS = ("differs", "within noise", "too few repeats", "other unit")
