@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,31 +16,26 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-class Several(click.ParamType):
-    """A list with commas, of whole numbers from 1 or of some words: `1,2,4`."""
-
-    name = "list"
-
-    def __init__(self, words: Sequence[str] = ()) -> None:
-        self.words = tuple(words)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """The parts of `value`, which may be a list already."""
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in value.split(",")]
-        if self.words:
-            wrong = [part for part in parts if part not in self.words]
-            wanted = f"one or more of {', '.join(self.words)}"
-        else:
-            wrong = [part for part in parts if not part.isdecimal() or int(part) < 1]
-            wanted = "whole numbers from 1"
-        if wrong:
-            self.fail(f"{wrong[0]!r}: write {wanted}, with commas between them", param, ctx)
-        return tuple(parts) if self.words else tuple(map(int, parts))
+def numbers(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """The whole numbers in `1,2,4`."""
+    parts = None if text is None else [part.strip() for part in text.split(",")]
+    if parts and not all(part.isdecimal() and int(part) for part in parts):
+        raise click.BadParameter(f"{text!r}: write whole numbers from 1, with commas between them")
+    return tuple(map(int, parts)) if parts else None
 
 
-NUMBERS = Several()
+def words(*known: str) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """What reads a list of some of the known words: `bf16,fp32`."""
+
+    def read(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+        parts = tuple(part.strip() for part in text.split(","))
+        if not set(parts) <= set(known):
+            raise click.BadParameter(f"{text!r}: write one or more of {', '.join(known)}, with commas between them")
+        return parts
+
+    return read
+
+
 OUT = click.option("--out", type=FOLDER, help="Also write the result as JSON here.")
 SECONDS = click.option("--seconds", type=float, default=0.2, show_default=True, help="On each measurement, at least.")
 REPEATS = click.option("--repeats", type=click.IntRange(1), default=6, show_default=True, help="Of each, at least.")
@@ -76,9 +71,9 @@ def bench_calibrate(out: Path) -> None:
 )
 @click.argument("model", default="gpt2-124m")
 @click.option("--micro-batch", type=click.IntRange(1), help="Samples of a pass; without it, about 4,096 tokens.")
-@click.option("--tensor", type=NUMBERS, help="Ranks that share every matrix; fugaku: 1,2,4,8,16,32.")
-@click.option("--precision", type=Several(PRECISIONS), default="bf16,fp32", show_default=True, help="Compute types.")
-@click.option("--threads", type=NUMBERS, help="Thread counts; without it, 1 and all cores.")
+@click.option("--tensor", callback=numbers, help="Ranks that share every matrix; fugaku: 1,2,4,8,16,32.")
+@click.option("--precision", callback=words(*PRECISIONS), default="bf16,fp32", show_default=True, help="Compute types.")
+@click.option("--threads", callback=numbers, help="Thread counts; without it, 1 and all cores.")
 @SECONDS
 @REPEATS
 @OUT

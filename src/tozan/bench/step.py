@@ -176,7 +176,7 @@ def count_allocations(work: Run) -> tuple[int, int]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         lap(work)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
     return len(sizes), sum(sizes)
 

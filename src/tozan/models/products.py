@@ -103,7 +103,7 @@ def products(
     if wrong:
         raise ValueError(f"tensor {tensor} does not divide {', '.join(wrong)}")
     tokens = micro_batch * shape.sequence
-    found = []
+    found: list[Product] = []
     for name, (outputs, inputs) in block_matrices(shape).items():
         found += _linear(name, tokens, outputs, inputs, tensor, shape.layers * micro_batches)
         if name == "attn.qkv":
