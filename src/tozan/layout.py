@@ -6,7 +6,7 @@ communicates or allocates; a layout of 158,976 ranks costs as much as one of 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import isqrt, prod
@@ -271,6 +271,65 @@ def _qkv_rows(length: int, heads: tuple[int, int], parts: int, index: int) -> In
         return range((first + chosen.start) * size, (first + chosen.stop) * size)
 
     return rows(0, queries), rows(query, keys), rows(query + key, keys)
+
+
+SEGMENT = 256
+"""Neighbouring elements whose squares are added first in the gradient norm. ZeRO cuts parameters at multiples of it
+only, so the sums, and with them the global norm, do not depend on where a parameter is cut."""
+
+
+class Packing:
+    """Where parameters lie in a flat buffer that is cut into equal shards, each a whole number of segments.
+
+    Args:
+        sizes: elements of every parameter, in order.
+        shards: equal parts that the buffer is cut into.
+        copies: equal parts that each shard must divide into (hybrid sharding).
+
+    Attributes:
+        sizes: as given.
+        offsets: where each parameter starts: a multiple of `SEGMENT`.
+        total: elements of the buffer, padding included.
+        shard: elements of one shard.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], shards: int, copies: int = 1) -> None:
+        self.sizes, self.offsets, position = dict(sizes), {}, 0
+        for name, size in sizes.items():
+            self.offsets[name] = position
+            position += -(-size // SEGMENT) * SEGMENT
+        grain = SEGMENT * shards * copies
+        self.total = -(-position // grain) * grain
+        self.shard = self.total // shards
+
+    def own(self, name: str, index: int) -> tuple[slice, slice]:
+        """What shard `index` holds of a parameter: (where in the shard, where in the flattened parameter).
+
+        Both are empty where the shard holds nothing of it.
+        """
+        begin, offset, size = index * self.shard, self.offsets[name], self.sizes[name]
+        start, stop = max(begin, offset), min(begin + self.shard, offset + size)
+        if stop <= start:
+            return slice(0, 0), slice(0, 0)
+        return slice(start - begin, stop - begin), slice(start - offset, stop - offset)
+
+
+def bucket_names(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Neighbouring parameters in buckets of at most `limit` bytes, unless one alone is larger.
+
+    Args:
+        sizes: bytes of every parameter, in order.
+        limit: bytes of a bucket.
+    """
+    groups: list[list[str]] = []
+    room = -1
+    for name, size in sizes.items():
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def count(indices: Sequence[Indices]) -> int:

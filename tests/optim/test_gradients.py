@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tozan.layout import SEGMENT
 from tozan.optim.gradients import (
-    SEGMENT,
     clip_factor,
     gradient_norm,
     norm_of_sums,

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tozan import wire
 from tozan.comm.checks import compare
 from tozan.comm.ledger import Entry
 from tozan.comm.mesh import Axis
@@ -152,7 +153,7 @@ def all_reduce_async(
         gathered = all_gather_async(x.reshape(1, -1), axis, name=name)
         return Handle(axis, None, [gathered], lambda: x.copy_(gathered.wait().amax(0).view_as(x)))
     if not ordered and _wide(x.dtype) == x.dtype:
-        entry = _begin(axis, "all_reduce", name, x, 2 * _bytes(x) * (axis.size - 1) // axis.size)
+        entry = _begin(axis, "all_reduce", name, x, wire.all_reduce(_bytes(x), axis.size))
         return Handle(axis, entry, [_start(axis, entry, dist.all_reduce, x)], lambda: x)
     parts = [len(split(x.numel(), axis.size, i)) for i in range(axis.size)]
     scattered = scatter_sum_async(x.view(-1), axis, parts, name=name)
@@ -182,7 +183,7 @@ def scatter_sum_async(
         into = flat.new_empty(own)
     if axis.size == 1:
         return _done(axis, into.copy_(flat) if first else into.add_(flat))
-    entry = _begin(axis, "reduce_scatter", name, flat, _bytes(flat) - own * flat.element_size())
+    entry = _begin(axis, "reduce_scatter", name, flat, wire.reduce_scatter(_bytes(flat), own * flat.element_size()))
     works, received = [], []
     chunks = max(1, -(-_bytes(flat) // CHUNK_BYTES))
     pieces = torch.split(flat, list(parts))
@@ -268,7 +269,7 @@ def gather_into_async(flat: Tensor, axis: Axis, own: Tensor, *, name: str = "") 
 
 
 def _gather_uneven(own: Tensor, axis: Axis, parts: Sequence[int], out: Tensor, name: str) -> Handle:
-    entry = _begin(axis, "all_gather", name, out, (_bytes(out)) * (axis.size - 1) // axis.size)
+    entry = _begin(axis, "all_gather", name, out, wire.all_gather(_bytes(out), axis.size))
     if min(parts) == max(parts):
         return Handle(axis, entry, [_start(axis, entry, dist.all_gather_single, out, own)], lambda: out)
     # gloo gathers equal parts only: pad to the longest, which is one row longer at most.
@@ -292,15 +293,9 @@ def broadcast_async(x: Tensor, axis: Axis, source: int, *, name: str = "") -> Ha
     """Overwrite `x` on every rank with that of the rank at index `source`."""
     if axis.size == 1:
         return _done(axis, x)
-    children = _tree_children((axis.index - source) % axis.size, axis.size)
-    entry = _begin(axis, "broadcast", name, x, children * _bytes(x))
+    sent = wire.broadcast(_bytes(x), axis.size, (axis.index - source) % axis.size)
+    entry = _begin(axis, "broadcast", name, x, sent)
     return Handle(axis, entry, [_start(axis, entry, dist.broadcast, x, group_src=source)], lambda: x)
-
-
-def _tree_children(index: int, size: int) -> int:
-    """To how many ranks the rank `index` steps after the source passes a broadcast on, in a binomial tree."""
-    lowest = index & -index or 1 << size.bit_length()
-    return sum(1 for bit in range(size.bit_length()) if 1 << bit < lowest and index | 1 << bit < size)
 
 
 def reduce(x: Tensor, axis: Axis, target: int, *, name: str = "") -> Tensor:
@@ -331,7 +326,7 @@ def all_to_all(x: Tensor, axis: Axis, split_dim: int, join_dim: int, *, name: st
     if x.shape[split_dim] % axis.size:
         raise ValueError(f"all_to_all '{name}': {x.shape[split_dim]} along dim {split_dim} over {axis.size} ranks")
     send = torch.stack(x.chunk(axis.size, split_dim))
-    entry = _begin(axis, "all_to_all", name, x, _bytes(x) * (axis.size - 1) // axis.size)
+    entry = _begin(axis, "all_to_all", name, x, wire.all_gather(_bytes(x), axis.size))
     out = torch.empty_like(send)
     work = _start(axis, entry, dist.all_to_all_single, out, send)
     return Handle(axis, entry, [work], lambda: torch.cat(list(out), join_dim)).wait()

@@ -68,6 +68,33 @@ def block_matrices(shape: Shape) -> dict[str, tuple[int, int]]:
     return matrices | {"mlp.gate": (f, d), "mlp.up": (f, d), "mlp.down": (d, f)}
 
 
+def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Name and size of every parameter of the whole model, in the order of the model's `named_parameters`."""
+    width, biased = shape.width, shape.family == "gpt2"
+    found: dict[str, tuple[int, ...]] = {"embed.weight": (shape.vocabulary, width)}
+    if biased:
+        found["position.weight"] = (shape.sequence, width)
+
+    def norm(name: str) -> None:
+        found[f"{name}.weight"] = (width,)
+        if biased:
+            found[f"{name}.bias"] = (width,)
+
+    matrices = block_matrices(shape)
+    for block in range(shape.layers):
+        for number, part in enumerate(("attn", "mlp"), 1):
+            norm(f"blocks.{block}.norm{number}")
+            for name, size in matrices.items():
+                if name.startswith(part):
+                    found[f"blocks.{block}.{name}.weight"] = size
+                    if biased:
+                        found[f"blocks.{block}.{name}.bias"] = size[:1]
+    norm("norm")
+    if not shape.tied:
+        found["head.weight"] = (shape.vocabulary, width)
+    return found
+
+
 def block_parameters(shape: Shape) -> int:
     """Parameters of one block: matrices, their biases (gpt2) and two norms."""
     matrices = block_matrices(shape).values()

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SEGMENT = 256
-"""Neighbouring elements whose squares are added first. ZeRO cuts parameters at multiples of it only, so the sums, and
-with them the global norm, do not depend on where a parameter is cut."""
+from tozan.layout import SEGMENT
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ segments, has the same bits wherever a parameter is cut. The padding is at most 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from tozan.optim.gradients import SEGMENT
+from tozan.layout import Packing, bucket_names
 
 
 class Unit:
@@ -36,12 +37,8 @@ class Unit:
     def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], shards: int, copies: int = 1) -> None:
         self.name, self.parameters, self.shards = name, dict(parameters), shards
         self.shapes = {key: p.shape for key, p in parameters.items()}
-        self.offsets, position = {}, 0
-        for key, parameter in parameters.items():
-            self.offsets[key] = position
-            position += -(-parameter.numel() // SEGMENT) * SEGMENT
-        grain = SEGMENT * shards * copies
-        self.total = -(-position // grain) * grain
+        self._packing = Packing({key: p.numel() for key, p in parameters.items()}, shards, copies)
+        self.offsets, self.total = self._packing.offsets, self._packing.total
         dtypes = {p.dtype for p in parameters.values()}
         if len(dtypes) != 1:
             raise ValueError(f"unit {name} mixes {', '.join(sorted(map(str, dtypes)))}: one dtype per flat buffer")
@@ -51,7 +48,7 @@ class Unit:
     @property
     def shard(self) -> int:
         """Elements of one shard."""
-        return self.total // self.shards
+        return self._packing.shard
 
     def pack(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
         """A flat copy (total,) of one tensor per parameter; zeros in the padding and for None."""
@@ -80,25 +77,20 @@ class Unit:
 
         Both are empty where the shard holds nothing of it.
         """
-        begin, offset, size = index * self.shard, self.offsets[name], self.shapes[name].numel()
-        start, stop = max(begin, offset), min(begin + self.shard, offset + size)
-        if stop <= start:
-            return slice(0, 0), slice(0, 0)
-        return slice(start - begin, stop - begin), slice(start - offset, stop - offset)
+        return self._packing.own(name, index)
 
 
 def buckets(parameters: Mapping[str, nn.Parameter], shards: int, limit_bytes: int) -> list[Unit]:
     """Units of neighbouring parameters of one dtype, each of at most `limit_bytes` unless one parameter is larger."""
-    groups: list[dict[str, nn.Parameter]] = []
-    room, dtype = 0, None
-    for name, parameter in parameters.items():
-        size = parameter.numel() * parameter.element_size()
-        if size > room or parameter.dtype != dtype:
-            groups.append({})
-            room, dtype = limit_bytes, parameter.dtype
-        groups[-1][name] = parameter
-        room -= size
-    return [Unit(f"bucket {number}", group, shards) for number, group in enumerate(groups)]
+    groups: list[list[str]] = []
+    for _, run in groupby(parameters, lambda name: parameters[name].dtype):
+        groups += bucket_names(
+            {name: parameters[name].numel() * parameters[name].element_size() for name in run}, limit_bytes
+        )
+    return [
+        Unit(f"bucket {number}", {name: parameters[name] for name in group}, shards)
+        for number, group in enumerate(groups)
+    ]
 
 
 def by_block(

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from tozan.comm import Axis, Handle
 from tozan.comm import collectives as c
-from tozan.optim.gradients import SEGMENT, segment_squares, sums_of_squares
+from tozan.layout import SEGMENT
+from tozan.optim.gradients import segment_squares, sums_of_squares
 from tozan.parallel.flat import Unit, by_block
 from tozan.parallel.gathering import Gathering
 from tozan.parallel.synchronizer import Synchronizer
