@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -133,3 +134,99 @@ def bench_step(model: str, flags: tuple[str, ...], steps: int, seconds: float, r
 
     result = step.run(model, flags, steps, seconds, repeats)
     finish(result, step.page(result), out)
+
+
+@bench.command(
+    "collectives",
+    epilog=examples(
+        "tozan bench collectives --ranks 2,4",
+        "srun -n 8 tozan bench collectives --out collectives.json",
+    ),
+)
+@click.option("--operations", default="all", show_default=True, help="all_reduce,all_gather,… with commas.")
+@click.option("--kilobytes", default="1,32,1024,16384", show_default=True, callback=numbers, help="Sizes, in KiB.")
+@click.option("--dtypes", default="fp32,bf16", show_default=True, callback=words(*PRECISIONS, "fp64"), help="Types.")
+@click.option("--ranks", default="2", show_default=True, callback=numbers, help="Local processes, without a launcher.")
+@click.option("--interface", default="lo", show_default=True, help="Network interface between local processes.")
+@click.option("--repeats", type=click.IntRange(1), default=8, show_default=True, help="Of each.")
+@OUT
+def bench_collectives(
+    operations: str,
+    kilobytes: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    ranks: tuple[int, ...],
+    interface: str,
+    repeats: int,
+    out: Path | None,
+) -> None:
+    """Measure each collective by size and type: between local processes, or over the ranks of a job.
+
+    Under torchrun, mpirun, Slurm or PJM every rank of the job takes part and rank 0 prints.
+    """
+    from tozan.bench import collectives
+
+    sizes = tuple(size << 10 for size in kilobytes)
+    chosen = tuple(collectives.FACTORS) if operations == "all" else tuple(operations.split(","))
+    result = collectives.run(collectives.Work(chosen, sizes, dtypes, ranks, repeats, interface))
+    if result:
+        finish(result, collectives.page(result), out)
+
+
+@bench.command("io", epilog=examples("tozan bench io", "tozan bench io --documents 2000 --folder /mnt/shared"))
+@click.option("--documents", type=click.IntRange(1), default=20_000, show_default=True, help="How many to write.")
+@click.option("--bytes", "size", type=click.IntRange(1), default=3_000, show_default=True, help="In each.")
+@click.option("--shard-megabytes", type=click.IntRange(1), default=8, show_default=True, help="Size of a shard.")
+@click.option("--samples", type=click.IntRange(1), default=5_000, show_default=True, help="To read as training does.")
+@click.option("--passes", type=click.IntRange(1), default=6, show_default=True, help="Warm passes over all documents.")
+@click.option("--folder", type=FOLDER, help="Where to write (and remove) them; without it, the temporary folder.")
+@click.option("--drop-caches", "drop", is_flag=True, help="Also drop the kernel's caches first (root only).")
+@OUT
+def bench_io(shard_megabytes: int, out: Path | None, **options: Any) -> None:
+    """Measure tar shards against one file for each document: inodes, opens, latency, reads/s."""
+    from tozan.bench import io
+
+    result = io.run(io.Work(shard_bytes=shard_megabytes << 20, **options))
+    finish(result, io.page(result), out)
+
+
+@bench.command(
+    "scaling",
+    context_settings={"ignore_unknown_options": True},
+    epilog=examples(
+        "tozan bench scaling --model gpt2-124m --ranks 1,2 --global-batch 8",
+        "tozan bench scaling --setup talk-124m --ranks 1,2 --global-batch 16 --steps 3 --out strong.json",
+    ),
+)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[--TABLE.KEY VALUE]...")
+@click.option("--setup", help="talk-124m, talk-124m-weak or talk-1.3b; the options below replace its values.")
+@click.option("--model", help="A preset.")
+@click.option("--ranks", callback=numbers, help="Numbers of processes, such as 1,2,4.")
+@click.option("--mode", type=click.Choice(["strong", "weak"]), help="Same global batch, or one that grows.")
+@click.option("--axis", type=click.Choice(["data", "tensor"]), help="What grows with the ranks.")
+@click.option("--micro-batch", type=click.IntRange(1), help="Samples of a pass.")
+@click.option("--global-batch", type=click.IntRange(1), help="Samples of a step; in weak scaling, of one rank.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Compute type.")
+@click.option("--steps", type=click.IntRange(2), default=5, show_default=True, help="Of each job; the first warms up.")
+@click.option("--data", type=FOLDER, help="A data set; without it, one is made from the standard library.")
+@click.option("--launcher", help="Command that starts {ranks} processes, such as 'srun -n {ranks}'; default: torchrun.")
+@OUT
+def bench_scaling(
+    flags: tuple[str, ...],
+    setup: str | None,
+    steps: int,
+    data: Path | None,
+    launcher: str | None,
+    out: Path | None,
+    **changes: Any,
+) -> None:
+    """Run real training jobs on growing numbers of processes, and say how well they scale.
+
+    Strong scaling keeps the global batch, weak scaling lets it grow. Step times and phases are those that the jobs
+    write down themselves.
+    """
+    from tozan.bench import scaling
+
+    chosen = scaling.setup(setup, {name: value for name, value in changes.items() if value is not None})
+    start = tuple(shlex.split(launcher)) if launcher else None
+    result = scaling.run(chosen, scaling.Jobs(steps=steps, flags=flags, data=data, launcher=start))
+    finish(result, scaling.page(result), out)

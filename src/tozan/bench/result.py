@@ -113,6 +113,10 @@ class Result(_Table):
     """What was measured."""
     notes: list[str] = []
     """What a reader must know to trust the numbers."""
+    facts: dict[str, Any] = {}
+    """doctor: what the machine and the process are."""
+    problems: list[dict[str, Any]] = []
+    """doctor: what is wrong, with its cost and the line that mends it."""
 
     def row(self, name: str) -> Row:
         """The row of a name.

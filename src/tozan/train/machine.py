@@ -11,8 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
-# Names and values from glibc's malloc.h; each allows mallopt() to keep freed blocks in the process.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+MALLOPT = {"M_MMAP_THRESHOLD": 1 << 30, "M_TRIM_THRESHOLD": (1 << 31) - 1, "M_TOP_PAD": 64 << 20}
+"""What glibc is told so that it keeps freed blocks in the process, in bytes."""
+_NUMBERS = {"M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2, "M_MMAP_THRESHOLD": -3}
+"""Of these parameters, from glibc's malloc.h."""
 
 
 def keep_freed_memory() -> bool:
@@ -24,8 +26,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 64 << 20))
-    accepted = [mallopt(name, value) == 1 for name, value in settings]
+    accepted = [mallopt(_NUMBERS[name], value) == 1 for name, value in MALLOPT.items()]
     return all(accepted)
 
 
