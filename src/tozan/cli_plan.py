@@ -33,9 +33,9 @@ def plan() -> None:
 @click.option("--stack", default="tozan", show_default=True, help="The trainer to price, such as megatron-core.")
 @click.option("--deadline", type=float, help="Days: find the fewest nodes that meet it.")
 @click.option("--budget", type=float, help="Money: find the nodes that finish soonest within it.")
-@click.option("--sweep", type=click.Choice(["strong", "weak"]), help="Also price fewer nodes.")
+@click.option("--sweep", type=click.Choice(["strong", "weak", "both"]), help="Also price fewer nodes.")
 @click.option("--html", type=FOLDER, help="Write the answer as a page, too.")
-@click.option("--out", type=FOLDER, help="Folder for plan.toml and launch.sh.")
+@click.option("--out", type=FOLDER, help="Folder for plan.json (for tozan report), plan.toml and launch.sh.")
 def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, **options: Any) -> None:
     """Find the best layouts of MODEL: a preset, a config, or a size such as 13B."""
     from tozan import planner

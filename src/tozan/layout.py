@@ -273,6 +273,21 @@ def _qkv_rows(length: int, heads: tuple[int, int], parts: int, index: int) -> In
     return rows(0, queries), rows(query, keys), rows(query + key, keys)
 
 
+def walk(shape: Sequence[int], order: Sequence[int] = ()) -> Iterator[tuple[int, ...]]:
+    """Coordinates of a grid of nodes in the order in which ranks fill it: the last dim of `order` fastest.
+
+    Args:
+        shape: sizes of the dims.
+        order: the dims, slowest first; default as they come.
+    """
+    order = order or range(len(shape))
+    for walked in product(*(range(shape[dim]) for dim in order)):
+        coordinates = [0] * len(shape)
+        for dim, index in zip(order, walked, strict=True):
+            coordinates[dim] = index
+        yield tuple(coordinates)
+
+
 SEGMENT = 256
 """Neighbouring elements whose squares are added first in the gradient norm. ZeRO cuts parameters at multiples of it
 only, so the sums, and with them the global norm, do not depend on where a parameter is cut."""

@@ -1,7 +1,9 @@
 """Plans: the best layout is the best, the config loads, questions turned round agree, mistakes are explained."""
 
 import dataclasses
+import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -10,15 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tozan.comm.jobs import Job as Started
+from tozan.comm.jobs import rank_map
 from tozan.config import load as load_config
 from tozan.errors import UserError
 from tozan.planner import costs, plan, stacks
+from tozan.planner.export import torus
 from tozan.planner.layer import Job
 from tozan.planner.machine import load, names
 from tozan.planner.memory import memory
 from tozan.planner.plan import failures
 from tozan.planner.published import gpt
 from tozan.planner.search import Options, enumerate_layouts, search
+from tozan.schedules import create
 
 
 def test_search_finds_the_minimum_of_what_it_enumerates():
@@ -110,17 +116,62 @@ def test_deadline_and_budget_turn_the_question_round():
 
 
 def test_sweep_draws_scaling():
-    curve = plan("gpt2-1.3b", "fugaku-2.0", 256, 1e10, sweep="strong").curve
+    curve = plan("gpt2-1.3b", "fugaku-2.0", 256, 1e10, sweep="strong").curves["strong"]
     assert [row["nodes"] for row in curve][-1] == 256
     assert curve[0]["efficiency"] == 1
     seconds = [row["seconds"] for row in curve]
     assert seconds == sorted(seconds, reverse=True)
 
 
-def test_nothing_fits_says_what_is_missing():
+def test_nothing_fits_says_what_would():
     found = plan("175B", "fugaku-2.0", 4, 1e9)
     assert not found.fits
-    assert "Nothing fits" in found.text
+    enough = int(re.search(r"([0-9,]+) nodes are enough", found.advice[0])[1].replace(",", ""))
+    assert plan("175B", "fugaku-2.0", enough, 1e9).fits
+    assert not plan("175B", "fugaku-2.0", enough // 2, 1e9).fits
+
+
+def test_what_is_out_of_reach_says_what_comes_nearest():
+    with pytest.raises(UserError, match=r"soonest is .* nodes: .* days") as late:
+        plan("13B", "a100-80", tokens=1e13, deadline=0.1)
+    less = float(re.search(r"at most (\S+) tokens", str(late.value))[1])
+    assert plan("13B", "a100-80", tokens=0.9 * less, deadline=0.1).choices[0].days <= 0.1
+    with pytest.raises(UserError, match=r"cheapest is .* nodes"):
+        plan("13B", "a100-80", tokens=1e12, budget=10)
+
+
+def test_a_plan_as_data_says_the_same(tmp_path):
+    found = plan("gpt2-1.3b", "fugaku-2.0", 96, 1e9, sweep="both")
+    found.write(folder=tmp_path)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert (data["format"], data["version"], data["nodes"]) == ("tozan plan", 1, 96)
+    best = data["layouts"][0]
+    assert best["low"] < best["seconds"] < best["high"]
+    assert sum(best["breakdown"].values()) == pytest.approx(best["seconds"])
+    assert sum(best["memory"].values()) <= best["memory_limit"]
+    assert len(data["blocks"]) == 24
+    assert {kind: rows[-1]["nodes"] for kind, rows in data["curves"].items()} == {"strong": 96, "weak": 96}
+    assert len(data["torus"]["ranks"]) == best["devices"]
+
+
+def test_ranks_sit_where_the_launcher_puts_them():
+    """The same map as PJM's, on the most compact block of nodes inside Fugaku's torus."""
+    found = torus(load("fugaku-2.0"), 13824)
+    assert found["shape"] == [24, 24, 24]
+    lines = rank_map(Started(("true",), 13824, 13824, shape=(24, 24, 24))).split()
+    assert [f"({x},{y},{z})" for x, y, z in found["ranks"]] == lines
+    assert torus(load("a100-80"), 8) is None
+
+
+def test_a_pipeline_is_drawn_from_the_trainers_schedule():
+    found = plan("gpt2-124m", "xeon-amx", 4, 1e9, global_batch=16)
+    layout = {**found.choices[0].layout, "pp": 4, "dp": 1, "tp": 1, "grid": 0, "depth": 1, "cp": 1}
+    layout |= {"chunks": 1, "micro_batch": 2, "zero": 0, "zero_bubble": 0, "sequence_parallel": 0}
+    choice = dataclasses.replace(found.choices[0], layout=layout)
+    pipeline = dataclasses.replace(found, choices=[choice]).data()["pipeline"]
+    assert (pipeline["schedule"], pipeline["stages"], pipeline["microbatches"]) == ("1f1b", 4, 8)
+    schedule = create("1f1b", 4, 8)
+    assert len(pipeline["timeline"]) == sum(map(len, schedule.actions))
 
 
 def test_failures_follow_daly():

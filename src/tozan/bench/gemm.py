@@ -24,7 +24,7 @@ from tozan.models.layers import BLOCKED_FROM
 from tozan.models.products import Product, other_flops, products
 from tozan.ops.attention import query_blocks
 from tozan.ops.cross_entropy import chunk_tokens
-from tozan.planner.plan import find_shape
+from tozan.planner.sizes import find_shape
 from tozan.train import machine
 
 FUGAKU = Shape("gpt2", 1, 7168, 56, 56, 28672, 51200, 2048)

@@ -14,13 +14,13 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Literal, get_args
 
 from tozan.comm.place import expand_counts
 from tozan.errors import Problem, UserError
+from tozan.layout import walk
 
 Launcher = Literal["torchrun", "mpirun", "slurm", "pjm"]
 _PORT = 29_400
@@ -173,13 +173,8 @@ def rank_map(job: Job) -> str:
     Ranks fill a node first, then walk through the shape with the last dim of `order` fastest, so that neighbouring
     ranks, and with them tensor-parallel groups, are neighbours in the torus.
     """
-    shape = job.shape or (job.nodes,)
-    order = job.order or tuple(range(len(shape)))
     lines = []
-    for walked in product(*(range(shape[dim]) for dim in order)):
-        coordinates = [0] * len(shape)
-        for dim, index in zip(order, walked, strict=True):
-            coordinates[dim] = index
+    for coordinates in walk(job.shape or (job.nodes,), job.order):
         lines += [f"({','.join(map(str, coordinates))})"] * job.per_node
     return "\n".join([*lines, ""])
 

@@ -5,8 +5,6 @@ Answers "how long on these nodes", or, turned round, "how many nodes for this de
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -15,18 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from tozan.config import presets
-from tozan.config.schema import Model
 from tozan.errors import Problem, UserError
-from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
-from tozan.planner import costs, show, stacks
+from tozan.models.arithmetic import Shape, model_flops, parameters
+from tozan.planner import costs, export, show, stacks
 from tozan.planner.candidates import OFFLOAD, RECOMPUTE, Candidates
 from tozan.planner.intervals import bounds
 from tozan.planner.layer import Job
 from tozan.planner.machine import Machine, Precision, load
 from tozan.planner.memory import by_block, memory
-from tozan.planner.published import shape_of
 from tozan.planner.search import Found, Options, search
+from tozan.planner.sizes import default_batch, find_shape
 
 DAY = 86400.0
 TIGHT = 0.9
@@ -90,7 +86,7 @@ class Plan:
         elapsed: seconds the search took.
         advice: sentences: why the runner-up lost, what to change if nothing fits, what the config cannot say.
         blocks: memory by block of the best choice.
-        curve: for a sweep, one entry per number of nodes.
+        curves: for sweeps, by kind (`strong`, `weak`), one entry per number of nodes.
         text: the answer for a terminal.
     """
 
@@ -109,7 +105,7 @@ class Plan:
     elapsed: float
     advice: list[str] = field(default_factory=list)
     blocks: list[dict[str, float]] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     text: str = ""
 
     def html(self) -> str:
@@ -124,12 +120,32 @@ class Plan:
         """A script that starts it."""
         return show.launch(self)
 
+    @property
+    def job(self) -> Job:
+        """What was priced, apart from layouts."""
+        return Job(self.shape, self.machine, stacks.STACKS[self.stack], self.global_batch, self.precision)
+
+    def data(self) -> dict[str, Any]:
+        """All of it as JSON can hold it: what `plan.json` has."""
+        return export.data(self, self.job)
+
     def write(self, page: Path | None = None, folder: Path | None = None) -> None:
-        """Write the HTML page to `page`, and `plan.toml` and `launch.sh` into `folder`; `None` leaves that out."""
+        """Write the HTML page to `page`, and `plan.json`, `plan.toml` and `launch.sh` into `folder`, if they are given.
+
+        Raises:
+            UserError: a place that cannot be written to.
+        """
+        try:
+            self._write(page, folder)
+        except OSError as error:
+            raise UserError(Problem(str(error.filename), f"cannot be written: {error.strerror}")) from None
+
+    def _write(self, page: Path | None, folder: Path | None) -> None:
         if page:
             page.write_text(self.html(), encoding="utf-8")
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "plan.json").write_text(export.text(self, self.job), encoding="utf-8")
             (folder / "plan.toml").write_text(self.config(), encoding="utf-8")
             (folder / "launch.sh").write_text(self.launch(), encoding="utf-8")
 
@@ -160,7 +176,7 @@ def plan(
         stack: the trainer, one of `stacks.STACKS`.
         deadline: days; finds the fewest nodes that meet it.
         budget: money; finds the nodes that finish soonest within it.
-        sweep: `strong` (same batch) or `weak` (batch grows with the nodes): also price a row of node counts.
+        sweep: `strong` (same batch), `weak` (batch grows with the nodes) or `both`: also price a row of node counts.
         options: what the search may use.
 
     Raises:
@@ -179,41 +195,10 @@ def plan(
     if nodes is None and (deadline is not None or budget is not None):
         nodes = _turned_round(result, job, deadline, budget, options)
     _fill(result, job, nodes or found_machine.nodes, options)
-    if sweep:
-        result.curve = scaling(result, job, sweep, options)
+    for kind in ("strong", "weak") if sweep == "both" else filter(None, [sweep]):
+        result.curves[kind] = scaling(result, job, kind, options)
     result.text = show.text(result)
     return result
-
-
-def find_shape(model: str) -> Shape:
-    """The sizes of a preset, of a config's `[model]` table, or of a GPT of about a given size.
-
-    Raises:
-        UserError: none of these.
-    """
-    if model in presets.names():
-        return resolve(Model(**presets.preset(model)), 50304)
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)([MBT])", model, re.IGNORECASE)
-    if size:
-        billions = float(size[1]) * {"m": 1e-3, "b": 1.0, "t": 1e3}[size[2].lower()]
-        return shape_of(billions, 2048, 51200)
-    path = Path(model)
-    if path.is_file():
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8")).get("model", {})
-            keys = presets.preset(table["preset"]) if "preset" in table else {}
-            return resolve(Model(**(keys | table)), 50304)
-        except (ValueError, KeyError) as error:
-            raise UserError(Problem(str(path), f"not a config with a [model] table: {error}")) from None
-    fix = f"one of {', '.join(presets.names())}; a config's path; or a size such as 13B"
-    raise UserError(Problem("MODEL", f"no preset and no file is called {model!r}", fix))
-
-
-def default_batch(shape: Shape) -> int:
-    """Samples of a step: 0.5, 1 or 4 Mi tokens by size, after GPT-3's table 2.1 (arXiv 2005.14165)."""
-    size = parameters(shape)
-    tokens = 2**19 if size < 1e9 else 2**20 if size < 1e10 else 2**22
-    return max(1, tokens // shape.sequence)
 
 
 def scaling(result: Plan, job: Job, kind: str, options: Options | None = None) -> list[dict[str, float]]:
@@ -265,8 +250,8 @@ def _check(
         problems.append(Problem("--nodes", f"{nodes} is outside 1 … {machine.nodes}, the nodes of {machine.name}"))
     if stack not in stacks.STACKS:
         problems.append(Problem("--stack", f"no stack is called {stack!r}", f"one of {', '.join(stacks.STACKS)}"))
-    if sweep not in (None, "strong", "weak"):
-        problems.append(Problem("--sweep", f"{sweep!r} is no kind of scaling", "strong or weak"))
+    if sweep not in (None, "strong", "weak", "both"):
+        problems.append(Problem("--sweep", f"{sweep!r} is no kind of scaling", "strong, weak or both"))
     for name, value in (("--deadline", deadline), ("--budget", budget)):
         if value is not None and value <= 0:
             problems.append(Problem(name, f"{value} is not above 0"))
@@ -299,11 +284,37 @@ def _turned_round(result: Plan, job: Job, deadline: float | None, budget: float 
         if best is None or key < best[0]:
             best = (key, nodes)
     if best is None:
-        tried = "; ".join(f"{nodes} nodes: {c.days:.3g} days" + _money(result, c) for nodes, c in rows[-4:])
-        raise UserError(Problem("--deadline / --budget", f"no number of nodes does it: {tried or 'nothing fits'}"))
+        raise UserError(_out_of_reach(result, job, rows, deadline, budget))
     if deadline is not None and best[1] > 1:
         return _narrow(result, job, int(best[1]), deadline, budget, options)
     return best[1]
+
+
+def _out_of_reach(
+    result: Plan, job: Job, rows: list[tuple[int, Choice]], deadline: float | None, budget: float | None
+) -> Problem:
+    """What a deadline or budget asks that no number of nodes gives, with what comes nearest."""
+    where = " and ".join(
+        f"{flag} {value:g}" for flag, value in (("--deadline", deadline), ("--budget", budget)) if value is not None
+    )
+    if not rows:
+        nodes, machine = job.machine.nodes, job.machine
+        what = f"{result.model} does not fit in memory on any number of the {nodes:,} nodes of {machine.name}"
+        return Problem(where, what, f"see what is missing: tozan plan {result.model} --nodes {nodes}")
+
+    def told(pair: tuple[int, Choice]) -> str:
+        return f"{pair[0]:,} nodes: {pair[1].days:.3g} days{_money(result, pair[1])}"
+
+    soonest = min(rows, key=lambda pair: pair[1].days)
+    nearest = [f"soonest is {told(soonest)}"]
+    if budget is not None:
+        cheapest = min(rows, key=lambda pair: pair[1].cost or 0.0)
+        nearest.append(f"cheapest is {told(cheapest)}")
+    late = deadline is not None and soonest[1].days > deadline
+    fixes = [f"at most {result.tokens * deadline / soonest[1].days:.3g} tokens"] if late and deadline else []
+    fixes += [f"a budget of {soonest[1].cost:,.0f}"] if budget is not None and soonest[1].cost else []
+    larger = "a larger --global-batch, which more nodes can share" if late else "a smaller model"
+    return Problem(where, f"no number of nodes does it: {'; '.join(nearest)}", f"try {', '.join([*fixes, larger])}")
 
 
 def _narrow(result: Plan, job: Job, nodes: int, deadline: float, budget: float | None, options: Options | None) -> int:
@@ -384,9 +395,13 @@ def _advice(result: Plan, job: Job) -> list[str]:
     if not result.fits:
         need, have = sum(best.memory.values()) / 1e9, job.machine.device.memory / 1e9
         largest = max((k for k in best.memory if k != "reserve"), key=lambda k: best.memory[k])
+        enough = (n for n in _powers(job.machine.nodes) if n > result.nodes)
+        nodes = next((n for n in enough if search(job, n * job.machine.node.devices, keep=1).fitting), None)
+        change = f"{nodes:,} nodes are enough" if nodes else f"no number of nodes of {job.machine.name} is enough"
+        smaller = "" if nodes else ", so take a smaller model or a machine with more memory per device"
         return [
             f"Nothing fits: the nearest layout needs {need:.1f} of {have:.1f} GB per device, most of it {largest} "
-            f"({best.memory[largest] / 1e9:.1f} GB). More nodes shard it further; so does a smaller model or batch."
+            f"({best.memory[largest] / 1e9:.1f} GB); {change}{smaller}."
         ]
     advice = []
     if len(result.choices) > 1:

@@ -49,8 +49,7 @@ def render(plan: Plan) -> Group:
         f"{machine.device.peak[plan.precision] / 1e12:.4g} TFLOP/s and {machine.device.memory / 1e9:.0f} GB\n"
     )
     parts: list[RenderableType] = [Text(head), _choices(plan), _breakdown(plan)]
-    if plan.curve:
-        parts.append(_curve(plan))
+    parts += [_curve(kind, rows) for kind, rows in plan.curves.items()]
     notes = [*plan.advice, _overheads(plan)]
     notes.append(f"Priced {plan.tried:,} layouts in {plan.elapsed:.2f} s.")
     parts.append(Text("\n".join(["", *notes])))
@@ -120,12 +119,12 @@ def _breakdown(plan: Plan) -> Table:
     return table
 
 
-def _curve(plan: Plan) -> Table:
-    """The sweep over node counts."""
-    table = Table(title="Scaling", title_justify="left")
+def _curve(kind: str, rows: list[dict[str, float]]) -> Table:
+    """A sweep over node counts."""
+    table = Table(title=f"Scaling ({kind})", title_justify="left")
     for column in ("nodes", "global batch", "s/step", "PFLOP/s", "TFLOP/s per device", "efficiency"):
         table.add_column(column, justify="right")
-    for row in plan.curve:
+    for row in rows:
         table.add_row(
             f"{row['nodes']:,.0f}",
             f"{row['global_batch']:,.0f}",
