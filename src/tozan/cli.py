@@ -133,6 +133,8 @@ def train(config: Path, flags: tuple[str, ...]) -> None:
     except trainer.Interrupted as stop:
         click.echo(str(stop), err=True)
         raise click.exceptions.Exit(130 if stop.signal == signal.SIGINT else EXIT_AGAIN) from None
+    except trainer.SilentError:  # rank 0 has said it
+        raise click.exceptions.Exit(trainer.EXIT_SILENT) from None
     if first:
         click.echo(f"done: {result.step:,} steps in {result.folder}; see it with: tozan report {result.folder}")
 

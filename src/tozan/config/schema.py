@@ -196,6 +196,21 @@ class Recovery(Table):
     """Signal by which the scheduler warns of the end, beside SIGTERM: the run saves and leaves with exit status 75."""
 
 
+class Checks(Table):
+    """Silent errors and slow processes: what is watched for while training."""
+
+    memory: Literal["all", "rotating", "off"] = "all"
+    """Checksums of weights and optimizer state, compared before each update: of `all`, or of a tenth in turn."""
+    outlier: Annotated[float, Field(ge=0.0, le=1e6)] = 10.0
+    """Compute a step again whose loss or gradient norm is this many robust deviations above those before; 0: never."""
+    recompute: CountOrNone = 0
+    """Compute every so many steps twice and compare the bits, to find errors of computing; 0: never."""
+    on_error: Literal["rollback", "stop"] = "rollback"
+    """After an error in memory: go back to the newest good checkpoint (`rollback`), or end the run (`stop`)."""
+    slow: Annotated[float, Field(ge=0.0, le=100.0)] = 0.075
+    """Report a process that takes this share longer per step than those with the same work; 0: never."""
+
+
 class Metrics(Table):
     """What is written down. `metrics.jsonl` in the run folder is always written."""
 
@@ -230,4 +245,5 @@ class Config(Table):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     recovery: Recovery = Recovery()
+    checks: Checks = Checks()
     metrics: Metrics = Metrics()

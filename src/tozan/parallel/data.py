@@ -46,7 +46,12 @@ class DataParallel:
     Attributes:
         parameters: what an optimizer steps: those handed in.
         matrices: names of the parameters that decay.
+        resting: what must not change between two steps of the optimizer: `parameters`.
+        whole_at_rest: whether `resting` is the same on all ranks of the axis.
+        whole_state: whether the optimizer's state is.
     """
+
+    whole_at_rest = whole_state = True
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class DataParallel:
         broadcast: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
+        self.resting = self.parameters
         self.matrices = {name for name, p in self.parameters.items() if p.ndim >= 2}
         self._axis = axis
         self._gathers: list[tuple[Unit, Tensor, Handle]] = []
@@ -102,6 +108,10 @@ class DataParallel:
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of global tensors: all, here."""
         return dict(tensors)
+
+    def witness(self, on: bool) -> int | None:
+        """`Synchronizer.witness`: a checksum of what this rank has sent since it was turned on; None if nothing is."""
+        return self._synchronizer.witness(on) if self._synchronizer else None
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -64,6 +64,7 @@ class Synchronizer:
         self._next = len(self._units)  # the unit to launch next; none before the first `begin`
         self._reducing = self._last = False
         self._sums: dict[str, Tensor] = {}
+        self._seen: int | None = None
         self._pending: deque[tuple[Unit, Handle, bool]] = deque()
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))  # type: ignore[no-untyped-call]
@@ -88,6 +89,15 @@ class Synchronizer:
         self._sums.clear()
         self._last = self._reducing = False
 
+    def witness(self, on: bool) -> int | None:
+        """Begin (or stop) to add up the bits of this rank's own gradients before they are sent.
+
+        Returns:
+            The sum since it was begun, as 64-bit words modulo 2⁶⁴; None if it was not on.
+        """
+        seen, self._seen = self._seen, 0 if on else None
+        return seen
+
     def remove(self) -> None:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
@@ -109,6 +119,8 @@ class Synchronizer:
         unit = self._units[self._next]
         self._next += 1
         flat = unit.pack({name: p.grad for name, p in unit.parameters.items()})
+        if self._seen is not None:
+            self._seen = (self._seen + int(flat.view(torch.int64).sum())) % 2**64
         for parameter in unit.parameters.values():
             parameter.grad = None
         first = unit.name not in self._sums

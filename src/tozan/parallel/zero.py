@@ -50,6 +50,9 @@ class Zero:
     Attributes:
         parameters: this rank's slice of every parameter, empty where it holds nothing of it.
         matrices: names of the parameters that decay.
+        resting: what must not change between `publish` and the optimizer's next step: whole, or slices in stage 3.
+        whole_at_rest: whether `resting` is the same on all data-parallel ranks.
+        whole_state: whether the optimizer's state is: never, here.
 
     Raises:
         ValueError: another stage, a frozen parameter, or a block without parameters.
@@ -89,6 +92,9 @@ class Zero:
             for unit in self._units
             for name in unit.shapes
         }
+        # Below stage 3 every rank computes with the whole model, of which its slices are views.
+        self.whole_at_rest, self.whole_state = stage < 3, False
+        self.resting = dict(model.named_parameters()) if stage < 3 else self.parameters
         self._gathering = Gathering(model, blocks, inner, outer, self._flats, self._own, inside) if stage == 3 else None
         self._settled: list[tuple[Unit, Handle]] = []
         self._gradients: dict[str, Tensor] = {}
@@ -183,6 +189,10 @@ class Zero:
             if name is not None:
                 result[key] = tensor.reshape(-1)[units[name].own(name, self._axis.index)[1]]
         return result
+
+    def witness(self, on: bool) -> int | None:
+        """`Synchronizer.witness`: a checksum of what this rank has sent since it was turned on."""
+        return self._synchronizer.witness(on)
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from tozan.comm.launch import join
 from tozan.config import Loaded
+from tozan.train.checks import EXIT_SILENT, SilentError
 from tozan.train.evaluate import evaluate, held_out, open_model
 from tozan.train.faults import Interrupted
 from tozan.train.loop import Result, fit
 from tozan.train.run import Listener, Run, assemble, shape_of
 from tozan.train.split import mesh_layout, require_fit
 
-__all__ = ["Interrupted", "Listener", "Result", "Run", "assemble", "evaluate", "fit", "held_out", "open_model", "train"]
+__all__ = [
+    "EXIT_SILENT",
+    "Interrupted",
+    "Listener",
+    "Result",
+    "Run",
+    "SilentError",
+    "assemble",
+    "evaluate",
+    "fit",
+    "held_out",
+    "open_model",
+    "train",
+]
 
 
 def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
@@ -26,6 +40,7 @@ def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
     Raises:
         UserError: config, data and checkpoint do not fit together, or the loss stayed not finite.
         Interrupted: a signal asked the run to stop; its state is saved.
+        SilentError: bits changed in memory and there is no going back.
     """
     require_fit(loaded.config, shape_of(loaded), loaded.origin.get("layout.data", "layout"))
     with join(mesh_layout(loaded.config), timeout_s=loaded.config.layout.timeout) as mesh:

@@ -51,9 +51,14 @@ class Copies:
             self._slots.begin(step)
 
     def keep(self, run: Run) -> None:
-        """Copy the state of the step that was just done."""
+        """Copy the state of the step that was just done.
+
+        Raises:
+            SilentError: bits of it changed in memory since the update; the copy before stays the newest.
+        """
         if not self._slots or not self._keeps or self._kept == run.step:
             return
+        run.checks.confirm(run.step)
         bodies = [body for _, body in self._tensors(run)]
         length = sum(body.numel() for body in bodies)
         padded = -(-length // 8) * 8

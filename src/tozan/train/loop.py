@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,19 @@ from pathlib import Path
 import torch
 
 from tozan.checkpoint import Saver
+from tozan.comm import collectives
 from tozan.models.arithmetic import hardware_flops, model_flops
 from tozan.train.breakdown import Breakdown
+from tozan.train.checks import REGULAR, SilentError
 from tozan.train.evaluate import held_out
 from tozan.train.faults import BadSteps, Interrupted, StopSignal
 from tozan.train.metrics import Clock, Metrics
 from tozan.train.profile import Profiler
-from tozan.train.run import Listener, Run
+from tozan.train.run import Listener, Run, resume
 from tozan.train.step import StepResult, train_step
+
+RETURNS = 5
+"""Times that a run goes back to the same step before a machine that keeps making errors ends it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
     Raises:
         Interrupted: SIGINT or SIGTERM came; the state of the last whole step is saved.
         UserError: too many steps in a row were not finite; a file could not be written.
+        SilentError: bits changed in a rank's memory, and there is no going back.
     """
     config = run.config
     synchronize = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
@@ -64,25 +71,28 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 profiler.begin(run.step + 1)
                 run.copies.begin(run.step + 1)
                 breakdown.begin(run.step + 1, clock)
-                result = train_step(run, clock)
-                if result.skipped is not None and not result.overflow:  # what a machine's fault has done comes once
-                    run.copies.roll_back(run)
+                try:
                     result = train_step(run, clock)
-                advance(run, result)
-                profiler.end(run.step)
-                breakdown.end(run.step, clock)
-                report(run, result, metrics, clock, breakdown)
-                bad.record(run.step, None if result.overflow else result.skipped)
-                last = run.step == config.train.steps
-                if due(run.step, config.eval.every) or last:
-                    score = evaluate(run, metrics)
-                    clock.mark("evaluation")
-                if due(run.step, config.checkpoint.every) or last:
-                    save(run, saver, metrics)
-                    clock.mark("checkpoint")
-                if not last:  # the last step counts as done when its checkpoint is on the disk
-                    run.copies.keep(run)
-                    clock.mark("copy")
+                    tell(run, result, metrics)
+                    if result.again is not None:
+                        continue
+                    advance(run, result)
+                    profiler.end(run.step)
+                    breakdown.end(run.step, clock)
+                    report(run, result, metrics, clock, breakdown)
+                    bad.record(run.step, None if result.overflow else result.skipped)
+                    last = run.step == config.train.steps
+                    if due(run.step, config.eval.every) or last:
+                        score = evaluate(run, metrics)
+                        clock.mark("evaluation")
+                    if due(run.step, config.checkpoint.every) or last:
+                        save(run, saver, metrics)
+                        clock.mark("checkpoint")
+                    if not last:  # the last step counts as done when its checkpoint is on the disk
+                        run.copies.keep(run)
+                        clock.mark("copy")
+                except SilentError as error:
+                    roll_back(run, saver, metrics, error)
             if stop.received and run.step < config.train.steps:
                 if not due(run.step, config.checkpoint.every):
                     save(run, saver, metrics)
@@ -95,6 +105,44 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
         breakdown.close()
         write_ledger(run)
     return Result(run.folder, run.step, result.loss if result else None, score)
+
+
+def tell(run: Run, result: StepResult, metrics: Metrics) -> None:
+    """Write down what the checks of a step have found; rank 0 says it on standard error, too."""
+    for event, text in run.checks.take_events():
+        metrics.write("event", run.step, event=event, text=text)
+        if run.writes:
+            print(f"tozan: {event}: {text}", file=sys.stderr, flush=True)
+    if result.again is not None and result.again != REGULAR:
+        metrics.write("event", run.step, event="computed again", text=result.again)
+
+
+def roll_back(run: Run, saver: Saver | None, metrics: Metrics, error: SilentError) -> None:
+    """Answer an error in memory: continue from the copies in memory or the newest good checkpoint, or end the run.
+
+    Raises:
+        SilentError: the config says `stop`, there is nothing to go back to, or it was gone back to `RETURNS` times.
+    """
+    run.optimizer.zero_grad()
+    metrics.write("event", run.step, event="silent error", text=str(error))
+    if run.writes:
+        print(f"tozan: {error}", file=sys.stderr, flush=True)
+    if run.config.checks.on_error == "stop":
+        raise error
+    run.notes.clear()
+    if run.copies.roll_back(run):
+        run.notes.append(("resumed", f"continues from the copies of step {run.step} in memory"))
+    else:
+        if saver:
+            saver.wait()
+        collectives.barrier(run.split.mesh.everyone, name="rollback")
+        resume(run)
+    before, times = run.returns
+    run.returns = run.step, times + 1 if before == run.step else 1
+    if run.returns[1] > RETURNS or not any(event == "resumed" for event, _ in run.notes):
+        raise error
+    for event, text in run.notes:
+        metrics.write("event", run.step, event=event, text=text)
 
 
 def open_saver(run: Run) -> AbstractContextManager[Saver | None]:
@@ -111,7 +159,12 @@ def open_profiler(run: Run) -> Profiler:
 
 
 def save(run: Run, saver: Saver | None, metrics: Metrics) -> None:
-    """Save the run's state: every rank gives its part, rank 0 writes."""
+    """Save the run's state: every rank gives its part, rank 0 writes.
+
+    Raises:
+        SilentError: bits of it changed in memory since the last update; nothing is saved.
+    """
+    run.checks.confirm(run.step)
     state = run.state()
     if saver:
         saver.save(state)

@@ -24,6 +24,7 @@ from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
 from tozan.optim.adamw import SLOTS, AdamW
 from tozan.train import machine
+from tozan.train.checks import Checks
 from tozan.train.copies import Copies
 from tozan.train.precision import Precision
 from tozan.train.split import Split, build, mesh_layout
@@ -35,7 +36,10 @@ FLOPS_FORMULA = (
 
 @dataclass
 class Run:
-    """Everything a step needs. `step`, `samples` and `tokens` count what is done, over all resumes and replicas."""
+    """Everything a step needs. `step`, `samples` and `tokens` count what is done, over all resumes and replicas.
+
+    `returns`: the step that the run last went back to after an error in memory, and how often in a row.
+    """
 
     config: Config
     folder: Path
@@ -48,10 +52,12 @@ class Run:
     precision: Precision
     peak_flops: float
     config_toml: str
+    checks: Checks
     step: int = 0
     samples: int = 0
     tokens: int = 0
     copies: Copies = field(default_factory=Copies)
+    returns: tuple[int, int] = (-1, 0)
     notes: list[tuple[str, str]] = field(default_factory=list)
     """Events of the assembly, as (event, text), to be written to the metrics."""
 
@@ -137,6 +143,7 @@ class Run:
         self.optimizer.updates = meta["updates"]
         self.precision.load(meta["precision"])
         self.step, self.samples, self.tokens = step, meta["samples"], meta["tokens"]
+        self.checks.forget()
 
     @torch.no_grad()
     def _take_pieces(self, folder: Path) -> None:
@@ -215,6 +222,7 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     split = build(config, shape, mesh, device, precision)
     folder.mkdir(parents=True, exist_ok=True)
     copies = Copies.open()
+        self.checks.forget()
     run = Run(
         config=config,
         folder=folder,
@@ -223,11 +231,12 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
         data=data,
         validation=validation,
         split=split,
-        optimizer=AdamW(split.sync.parameters, config.optim, split.sync.matrices),
+        optimizer=optimizer,
         precision=precision,
         peak_flops=copies.peak_flops() or machine.measure_gemm_rate(precision.dtype, device) * mesh.world_size,
         config_toml=loaded.toml(),
         copies=copies,
+        self.checks.forget()
     )
     torch.manual_seed(config.train.seed)
     resume(run)

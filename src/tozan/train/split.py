@@ -32,11 +32,15 @@ class Sync(Protocol):
 
     parameters: dict[str, nn.Parameter]
     matrices: set[str]
+    resting: dict[str, nn.Parameter]
+    whole_at_rest: bool
+    whole_state: bool
 
     def begin(self, last: bool) -> None: ...  # noqa: D102
     def finish(self) -> None: ...  # noqa: D102
     def sums_of_squares(self) -> dict[str, float]: ...  # noqa: D102
     def publish(self) -> None: ...  # noqa: D102
+    def witness(self, on: bool) -> int | None: ...  # noqa: D102
     def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]: ...  # noqa: D102
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...  # noqa: D102
 

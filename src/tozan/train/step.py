@@ -29,6 +29,7 @@ class StepResult:
         tokens: target tokens of the whole step.
         skipped: why the update was left out, or None.
         overflow: skipped only because the fp16 loss scale was too high, which is no fault of the model's.
+        again: why nothing was updated and the step must be computed again, or None.
     """
 
     loss: float
@@ -37,6 +38,7 @@ class StepResult:
     tokens: int
     skipped: str | None = None
     overflow: bool = False
+    again: str | None = None
 
 
 def train_step(run: Run, clock: Clock) -> StepResult:
@@ -45,7 +47,11 @@ def train_step(run: Run, clock: Clock) -> StepResult:
     The loss is summed over tokens and divided once by the tokens of the whole step, so any split into micro-batches,
     replicas and stages gives the large batch's gradient. A loss or gradient that is not finite leaves weights and
     optimizer as they were.
+
+    Raises:
+        SilentError: bits changed in some rank's memory.
     """
+    run.checks.begin(run.step)
     sync, optim = run.split.sync, run.config.optim
     batches, tokens = own_micro_batches(run)
     clock.mark("data")
@@ -69,6 +75,12 @@ def train_step(run: Run, clock: Clock) -> StepResult:
     norm = run.split.gradient_norm(run.precision.scale)
     skipped = norm.culprit if math.isfinite(loss) else f"loss is {loss}"
     overflow = skipped is not None and math.isfinite(loss) and run.precision.can_shrink()
+    clock.mark("optimizer")
+    again = run.checks.judge(run.step, loss, norm.value, losses, overflow=overflow)
+    clock.mark("checks")
+    if again is not None:
+        run.optimizer.zero_grad()
+        return StepResult(loss, norm.value, lr, tokens, again=again)
     if skipped is None:
         scale_gradients(sync.parameters, clip_factor(norm.value, optim.clip) / run.precision.scale)
         run.optimizer.step(lr)
@@ -77,6 +89,8 @@ def train_step(run: Run, clock: Clock) -> StepResult:
         sync.publish()
     run.precision.update(overflow)
     clock.mark("optimizer")
+    run.checks.keep(run.step + 1)
+    clock.mark("checks")
     return StepResult(loss, norm.value, lr, tokens, skipped, overflow)
 
 
