@@ -31,6 +31,7 @@ from tozan.models.products import Product
 from tozan.models.traffic import step_bytes
 from tozan.optim.adamw import AdamW
 from tozan.train import Run, machine
+from tozan.train.checks import Checks
 from tozan.train.metrics import Clock
 from tozan.train.precision import Precision
 from tozan.train.run import FLOPS_FORMULA
@@ -144,6 +145,7 @@ def assemble(config: Config, folder: Path) -> Run:
     precision = Precision(config.train.precision, device)
     split = build(config, shape, mesh, device, precision)
     torch.manual_seed(config.train.seed)
+    optimizer = AdamW(split.sync.parameters, config.optim, split.sync.matrices)
     return Run(
         config=config,
         folder=folder,
@@ -152,10 +154,11 @@ def assemble(config: Config, folder: Path) -> Run:
         data=cast(Dataset, RandomTokens(shape)),
         validation=None,
         split=split,
-        optimizer=AdamW(split.sync.parameters, config.optim, split.sync.matrices),
+        optimizer=optimizer,
         precision=precision,
         peak_flops=machine.measure_gemm_rate(precision.dtype, device),
         config_toml="",
+        checks=Checks(config.checks, split, optimizer),
     )
 
 

@@ -222,7 +222,7 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     split = build(config, shape, mesh, device, precision)
     folder.mkdir(parents=True, exist_ok=True)
     copies = Copies.open()
-        self.checks.forget()
+    optimizer = AdamW(split.sync.parameters, config.optim, split.sync.matrices)
     run = Run(
         config=config,
         folder=folder,
@@ -236,7 +236,7 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
         peak_flops=copies.peak_flops() or machine.measure_gemm_rate(precision.dtype, device) * mesh.world_size,
         config_toml=loaded.toml(),
         copies=copies,
-        self.checks.forget()
+        checks=Checks(config.checks, split, optimizer),
     )
     torch.manual_seed(config.train.seed)
     resume(run)

@@ -118,7 +118,8 @@ def _above_others(values: np.ndarray) -> np.ndarray:
     place[order] = np.arange(len(values))
     ordered = values[order]
     low, high = (len(values) - 2) // 2, (len(values) - 1) // 2
-    return values - (ordered[low + (low >= place)] + ordered[high + (high >= place)]) / 2
+    others = (ordered[low + (low >= place)] + ordered[high + (high >= place)]) / 2
+    return np.asarray(values - others)
 
 
 def _middle(window: np.ndarray) -> np.ndarray:
