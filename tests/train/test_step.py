@@ -17,7 +17,10 @@ from tozan.train.step import train_step
 def take(run, steps):
     results = []
     for _ in range(steps):
-        results.append(train_step(run, Clock()))
+        result = train_step(run, Clock())
+        while result.again:  # an odd step counts once it has come out the same twice
+            result = train_step(run, Clock())
+        results.append(result)
         run.step += 1
         run.samples += run.global_batch
     return results
