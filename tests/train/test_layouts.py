@@ -1,53 +1,59 @@
 """The trainer under every kind of layout: the same losses, norms and checkpoints as one process."""
 
 import json
+from math import prod
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-import torch
 from ranks import spawn
 
 from tozan import checkpoint
 from tozan.comm import Mesh
 from tozan.config import load
 from tozan.errors import UserError
-from tozan.train import fit, train
+from tozan.train import fit
 from tozan.train.run import assemble, shape_of
 from tozan.train.split import mesh_layout, require_fit
 
 GPT2 = ["--model.family=gpt2", "--model.tied=true"]
 LLAMA = ["--model.family=llama", "--model.tied=false", "--model.kv_heads=2"]
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
-STEPS = 4
-FP32_BOUND = 2e-4
-"""Largest relative difference of a loss or norm after 4 steps in fp32, where sums run in another order."""
+STEPS = 10
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-3}
+"""Largest relative difference of a loss or a gradient norm in 10 steps, where sums run in another order."""
 
 BITWISE = {
-    "dp2": ["--layout.data=2"],
-    "dp4": ["--layout.data=4"],
-    "dp2-zero1": ["--layout.data=2", "--layout.zero=1"],
-    "dp2-zero2": ["--layout.data=2", "--layout.zero=2"],
-    "dp2-zero3": ["--layout.data=2", "--layout.zero=3"],
-    "dp4-zero1-by2": ["--layout.data=4", "--layout.zero=1", "--layout.zero_group=2"],
-    "dp4-zero3": ["--layout.data=4", "--layout.zero=3"],
-    "dp4-zero3-by2": ["--layout.data=4", "--layout.zero=3", "--layout.zero_group=2"],
-    "pp2": ["--layout.pipeline=2"],
-    "pp4-gpipe": ["--layout.pipeline=4", "--layout.schedule=gpipe"],
-    "pp2-interleaved": ["--layout.pipeline=2", "--layout.schedule=interleaved", "--layout.chunks=2"],
-    "pp2-zb": ["--layout.pipeline=2", "--layout.schedule=zero-bubble"],
+    "dp2": "data=2",
+    "dp4": "data=4",
+    "dp8": "data=8",
+    "dp2-zero1": "data=2 zero=1",
+    "dp2-zero2": "data=2 zero=2",
+    "dp2-zero3": "data=2 zero=3",
+    "dp4-zero1-by2": "data=4 zero=1 zero_group=2",
+    "dp4-zero3": "data=4 zero=3",
+    "dp4-zero3-by2": "data=4 zero=3 zero_group=2",
+    "pp2": "pipeline=2",
+    "pp2-interleaved": "pipeline=2 schedule=interleaved chunks=2",
+    "pp2-zb": "pipeline=2 schedule=zero-bubble",
+    "pp4-gpipe": "pipeline=4 schedule=gpipe",
+    "dp2-pp2": "data=2 pipeline=2",
+    "dp2-pp2-zb": "data=2 pipeline=2 schedule=zero-bubble",
+    "dp2-pp2-interleaved-zero1": "data=2 pipeline=2 schedule=interleaved chunks=2 zero=1",
+    "dp2-pp2-zero2": "data=2 pipeline=2 zero=2",
+    "dp4-pp2-zero1-by2": "data=4 pipeline=2 zero=1 zero_group=2",
+    "dp2-pp4-zb-zero1": "data=2 pipeline=4 schedule=zero-bubble zero=1",
 }
 WITHIN = {
-    "tp2": ["--layout.tensor=2"],
-    "tp2-seq": ["--layout.tensor=2", "--layout.sequence_parallel=true"],
-    "tp4-2d": ["--layout.tensor=4", "--layout.scheme=2d"],
-    "tp8-2.5d": ["--layout.tensor=8", "--layout.scheme=2.5d", "--layout.depth=2"],
-    "dp2-tp2": ["--layout.data=2", "--layout.tensor=2"],
-    "dp2-tp2-seq-zero2": ["--layout.data=2", "--layout.tensor=2", "--layout.sequence_parallel=true", "--layout.zero=2"],
-    "dp2-tp4-2d-zero1": ["--layout.data=2", "--layout.tensor=4", "--layout.scheme=2d", "--layout.zero=1"],
-    "dp2-pp2": ["--layout.data=2", "--layout.pipeline=2"],
-    "dp2-pp2-zero1": ["--layout.data=2", "--layout.pipeline=2", "--layout.zero=1"],
-    "tp2-pp2": ["--layout.tensor=2", "--layout.pipeline=2"],
-    "dp2-tp2-pp2": ["--layout.data=2", "--layout.tensor=2", "--layout.pipeline=2"],
+    "tp2": "tensor=2",
+    "tp2-seq": "tensor=2 sequence_parallel=true",
+    "tp4-2d": "tensor=4 scheme=2d",
+    "tp8-2.5d": "tensor=8 scheme=2.5d depth=2",
+    "dp2-tp2": "data=2 tensor=2",
+    "dp2-tp2-seq-zero2": "data=2 tensor=2 sequence_parallel=true zero=2",
+    "dp2-tp4-2d-zero1": "data=2 tensor=4 scheme=2d zero=1",
+    "tp2-pp2": "tensor=2 pipeline=2",
+    "dp2-tp2-pp2": "data=2 tensor=2 pipeline=2",
 }
 LAYOUTS = BITWISE | WITHIN
 
@@ -67,47 +73,49 @@ path = "{data}"
 [train]
 steps = {steps}
 global_batch = 16
-precision = "fp32"
+precision = "{precision}"
 threads = 1
 [optim]
 lr = 1e-2
 warmup = 1
 clip = 0.5
 [eval]
-every = 2
+every = 5
 samples = 8
 """
 
 
-def write(folder: Path, data: Path, steps: int = STEPS) -> Path:
+def write(folder: Path, data: Path, steps: int = STEPS, precision: str = "fp32") -> Path:
     path = folder.with_name(folder.name + ".toml")
-    path.write_text(CONFIG.format(folder=folder, data=data, steps=steps))
+    path.write_text(CONFIG.format(folder=folder, data=data, steps=steps, precision=precision))
     return path
 
 
 def flags_of(name: str, model: list[str]) -> list[str]:
     """Equal micro-batching for data layouts (2 samples each); rows for the grids of 2D and 2.5D."""
-    flags = LAYOUTS.get(name, [])
+    flags = [f"--layout.{setting}" for setting in LAYOUTS.get(name, "").split()]
     return [*model, *flags, f"--train.micro_batch={4 if '2d' in name or '2.5d' in name else 2}"]
 
 
 def processes(flags: list[str]) -> int:
     sizes = dict(flag.removeprefix("--layout.").split("=") for flag in flags if flag.startswith("--layout."))
-    return int(sizes.get("data", 1)) * int(sizes.get("tensor", 1)) * int(sizes.get("pipeline", 1))
+    return prod(int(sizes.get(axis, 1)) for axis in ("data", "context", "tensor", "pipeline"))
 
 
-def run_rank(path: Path, flags: list[str]) -> None:
-    loaded = load(path, flags)
-    mesh = Mesh.create(mesh_layout(loaded.config), timeout_s=60)
-    fit(assemble(loaded, mesh))
+def run_rank(paths: list[Path], flags: list[str]) -> None:
+    """Run configs one after the other; nobody looks at their MFU, so the machine's peak is not measured."""
+    with patch("tozan.train.machine.measure_gemm_rate", lambda *_: 1.0):
+        for path in paths:
+            loaded = load(path, flags)
+            fit(assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60)))
 
 
-def run(path: Path, flags: list[str]) -> None:
+def run(paths: list[Path], flags: list[str]) -> None:
     size = processes(flags)
     if size == 1:
-        train(load(path, flags))
+        run_rank(paths, flags)
     else:
-        spawn(size, run_rank, path, flags)
+        spawn(size, run_rank, paths, flags, timeout=200.0)
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
@@ -127,33 +135,32 @@ def final(folder: Path) -> checkpoint.State:
 
 
 @pytest.fixture(scope="module")
-def references(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One process, per model family."""
+def references(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """One process, per model family and precision."""
     base = tmp_path_factory.mktemp("one")
-    for name, model in FAMILIES.items():
-        run(write(base / name, text_data), flags_of("one", model))
-    return {name: base / name for name in FAMILIES}
+    folders = {(family, precision): base / f"{family}-{precision}" for family in FAMILIES for precision in BOUNDS}
+    for (family, precision), folder in folders.items():
+        run([write(folder, text_data, precision=precision)], flags_of("one", FAMILIES[family]))
+    return folders
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_process_does(name, family, references, text_data, tmp_path):
-    model = FAMILIES[family]
-    folder = tmp_path / name
-    run(write(folder, text_data), flags_of(name, model))
-    got, expected = curves(folder), curves(references[family])
-    state, reference = final(folder), final(references[family])
-    assert got["tokens"] == expected["tokens"]
+    """In fp64 to 1e-10, which leaves no room for another result; in fp32 to the bit where sums run in one order."""
+    folders = {precision: tmp_path / precision for precision in BOUNDS}
+    run([write(folders[p], text_data, precision=p) for p in BOUNDS], flags_of(name, FAMILIES[family]))
+    for precision, bound in BOUNDS.items():
+        got, expected = curves(folders[precision]), curves(references[family, precision])
+        assert got["tokens"] == expected["tokens"]
+        for key in ("loss", "norm", "held out"):
+            assert got[key] == pytest.approx(expected[key], rel=bound), (precision, key)
+        if name in BITWISE:
+            assert got == expected, precision
+    state, reference = final(folders["fp32"]), final(references[family, "fp32"])
     assert state.meta["samples"] == reference.meta["samples"] == 16 * STEPS
     if name in BITWISE:
-        assert got == expected
         assert checkpoint.state_hash(state.tensors) == checkpoint.state_hash(reference.tensors)
-        return
-    for key in ("loss", "norm", "held out"):
-        assert got[key] == pytest.approx(expected[key], rel=FP32_BOUND), key
-    for tensor_name, tensor in reference.tensors.items():
-        if tensor_name.startswith("model/"):
-            torch.testing.assert_close(state.tensors[tensor_name], tensor, rtol=0, atol=2e-3)
 
 
 MATRIX = ["one", "dp2", "dp4-zero1-by2", "dp2-zero3", "tp2-seq", "tp4-2d", "tp8-2.5d", "pp2-interleaved", "dp2-tp2-pp2"]
@@ -167,7 +174,7 @@ def saved(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     base = tmp_path_factory.mktemp("saved")
     configs = {name: write(base / name, text_data, steps=1) for name in MATRIX}
     for name, path in configs.items():
-        run(path, [*flags_of(name, GPT2), "--optim.warmup=0"])
+        run([path], [*flags_of(name, GPT2), "--optim.warmup=0"])
     return configs
 
 
@@ -190,11 +197,12 @@ def test_a_checkpoint_of_any_layout_loads_into_any_other(name, saved, tmp_path):
 def load_and_hash(configs: list[Path], flags: list[str]) -> list[tuple[str, dict, int]]:
     """Hash, meta and step that this layout holds after loading each run's checkpoint, gathered on rank 0."""
     results = []
-    for path in configs:
-        loaded = load(path, flags)
-        resumed = assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60))
-        state = resumed.state()
-        results.append((checkpoint.state_hash(state.tensors) if resumed.writes else "", state.meta, state.step))
+    with patch("tozan.train.machine.measure_gemm_rate", lambda *_: 1.0):
+        for path in configs:
+            loaded = load(path, flags)
+            resumed = assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60))
+            state = resumed.state()
+            results.append((checkpoint.state_hash(state.tensors) if resumed.writes else "", state.meta, state.step))
     return results
 
 
@@ -207,7 +215,7 @@ BAD = {
     "heads 4 ÷ tp 3": ["--layout.tensor=3"],
     "6 pieces of a model of 4 layers": ["--layout.pipeline=6"],
     "layout.tensor 6 is not q × q": ["--layout.tensor=6", "--layout.scheme=2d"],
-    "zero 2 with pipeline 2": ["--layout.data=2", "--layout.pipeline=2", "--layout.zero=2"],
+    "zero 3 with pipeline 2": ["--layout.data=2", "--layout.pipeline=2", "--layout.zero=3"],
     "zero_group 3 leaves 1 over": ["--layout.data=4", "--layout.zero=1", "--layout.zero_group=3"],
     "sequence_parallel with tensor 1": ["--layout.sequence_parallel=true"],
     "dropout 0.1 with pp 2": ["--layout.pipeline=2", "--model.dropout=0.1"],

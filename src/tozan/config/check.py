@@ -222,18 +222,16 @@ def grid_is_square(config: Config) -> Iterator[Finding]:
 
 @_rule("layout.zero", "layout.zero_group", "layout.data", "layout.pipeline")
 def zero_has_replicas(config: Config) -> Iterator[Finding]:
-    """ZeRO shares between replicas; a pipeline keeps whole gradients between its micro-batches."""
+    """ZeRO shares between replicas; a pipeline runs several micro-batches at once, and needs its parameters for all."""
     layout, group = config.layout, config.layout.zero_group
     if group is not None and layout.zero == 0:
         yield f"layout.zero_group {group} with zero 0: nothing is shared", "write zero = 1, or leave zero_group out"
     elif group is not None and layout.data % group:
         rest = f"layout.data {layout.data} ÷ zero_group {group} leaves {layout.data % group} over"
         yield rest, f"write zero_group = {_divisors_near(layout.data, group)}"
-    if layout.zero >= 2 and layout.pipeline > 1:
-        what = (
-            f"layout.zero {layout.zero} with pipeline {layout.pipeline}, whose stages hold whole gradients in between"
-        )
-        yield what, "write zero = 1, or pipeline = 1"
+    if layout.zero == 3 and layout.pipeline > 1:
+        what = f"layout.zero 3 with pipeline {layout.pipeline}, whose micro-batches need all parameters all the time"
+        yield what, "write zero = 2, or pipeline = 1"
 
 
 @_rule("layout.sequence_parallel", "layout.tensor")

@@ -21,7 +21,7 @@ communicates. With one micro-batch per rank and step both are the same: 2·G·(n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from tozan.comm import Axis, Handle
 from tozan.comm import collectives as c
 from tozan.optim.gradients import squares_of, sums_of_squares
 from tozan.parallel.flat import Unit, buckets
-from tozan.parallel.synchronizer import Synchronizer
+from tozan.parallel.synchronizer import Relay, Synchronizer
 
 
 class DataParallel:
@@ -41,6 +41,9 @@ class DataParallel:
         axis: the data-parallel ranks; with one rank nothing is hooked and nothing sent.
         deterministic: sum in the order of micro-batches.
         bucket_bytes: gradients sent together; small enough that the first leave early, large enough for the wire.
+        groups: parameters whose gradients are handed over together (`hand_over`); default: all.
+        relays: parameters, each a group of its own, whose sum ranks outside of the axis need or make: what each rank's
+            part of it goes through on its way.
         broadcast: give every rank the parameters of the first; pointless where initial values are a function of names.
 
     Attributes:
@@ -60,6 +63,8 @@ class DataParallel:
         *,
         deterministic: bool = True,
         bucket_bytes: int = 32 << 20,
+        groups: Sequence[Collection[str]] | None = None,
+        relays: Mapping[str, Relay] | None = None,
         broadcast: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
@@ -70,9 +75,18 @@ class DataParallel:
         self._synchronizer: Synchronizer | None = None
         if axis.size > 1:
             trainable = {name: p for name, p in reversed(self.parameters.items()) if p.requires_grad}
-            units = buckets(trainable, axis.size, bucket_bytes)
-            alone = Axis.single(f"{axis.name}_copies")
-            self._synchronizer = Synchronizer(units, axis, axis, alone, deterministic, True, self._settled)
+            units = buckets(trainable, axis.size, bucket_bytes, [self.parameters] if groups is None else groups)
+            by_name = {unit.name: (relays or {}).get(next(iter(unit.parameters))) for unit in units}
+            self._synchronizer = Synchronizer(
+                units,
+                axis,
+                axis,
+                Axis.single(f"{axis.name}_copies"),
+                deterministic,
+                True,
+                self._settled,
+                relays={name: relay for name, relay in by_name.items() if relay},
+            )
         if broadcast:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
@@ -82,6 +96,11 @@ class DataParallel:
         """Before each micro-batch: whether it is the last one of the step."""
         if self._synchronizer:
             self._synchronizer.begin(last)
+
+    def hand_over(self, names: Collection[str], last: bool) -> None:
+        """In place of `begin`: see `Synchronizer.hand_over`."""
+        if self._synchronizer:
+            self._synchronizer.hand_over(names, last)
 
     def finish(self) -> None:
         """After the last backward pass: wait until every `.grad` is the sum over all ranks."""

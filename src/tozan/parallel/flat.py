@@ -7,7 +7,7 @@ segments, has the same bits wherever a parameter is cut. The padding is at most 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -80,23 +80,30 @@ class Unit:
         return self._packing.own(name, index)
 
 
-def buckets(parameters: Mapping[str, nn.Parameter], shards: int, limit_bytes: int) -> list[Unit]:
-    """Units of neighbouring parameters of one dtype, each of at most `limit_bytes` unless one parameter is larger."""
-    groups: list[list[str]] = []
-    for _, run in groupby(parameters, lambda name: parameters[name].dtype):
-        groups += bucket_names(
-            {name: parameters[name].numel() * parameters[name].element_size() for name in run}, limit_bytes
-        )
+def buckets(
+    parameters: Mapping[str, nn.Parameter], shards: int, limit_bytes: int, groups: Iterable[Collection[str]]
+) -> list[Unit]:
+    """Units of neighbouring parameters of one group and dtype, of at most `limit_bytes` unless one parameter is larger.
+
+    Groups are collections of names; parameters in none are left out.
+    """
+    found: list[list[str]] = []
+    for group in groups:
+        for _, run in groupby((n for n in parameters if n in group), lambda name: parameters[name].dtype):
+            sizes = {name: parameters[name].numel() * parameters[name].element_size() for name in run}
+            found += bucket_names(sizes, limit_bytes)
     return [
-        Unit(f"bucket {number}", {name: parameters[name] for name in group}, shards)
-        for number, group in enumerate(groups)
+        Unit(f"bucket {number}", {name: parameters[name] for name in bucket}, shards)
+        for number, bucket in enumerate(found)
     ]
 
 
 def by_block(
-    model: nn.Module, blocks: Sequence[nn.Module], shards: int, copies: int = 1
+    model: nn.Module, blocks: Sequence[nn.Module], shards: int, copies: int = 1, apart: Collection[str] = ()
 ) -> tuple[list[Unit], list[Unit]]:
     """One unit per block, and the parameters outside of all blocks in one or two (before and after them).
+
+    Those of `apart` make a unit each, named like the parameter.
 
     A parameter shared between modules belongs to the first that has it, and must not be shared by two blocks.
 
@@ -107,16 +114,18 @@ def by_block(
     members: list[dict[str, nn.Parameter]] = [{} for _ in blocks]
     before: dict[str, nn.Parameter] = {}
     after: dict[str, nn.Parameter] = {}
+    alone: dict[str, dict[str, nn.Parameter]] = {}
     seen_block = False
     for name, parameter in model.named_parameters():
         number = inside.get(id(parameter))
         seen_block = seen_block or number is not None
-        (members[number] if number is not None else after if seen_block else before)[name] = parameter
+        group = members[number] if number is not None else after if seen_block else before
+        (alone.setdefault(name, {}) if name in apart else group)[name] = parameter
 
     def units(groups: Iterable[tuple[str, dict[str, nn.Parameter]]]) -> list[Unit]:
         return [Unit(name, group, shards, copies) for name, group in groups if group]
 
     return (
         units((f"block {number}", group) for number, group in enumerate(members)),
-        units((("before the blocks", before), ("after the blocks", after))),
+        units((("before the blocks", before), ("after the blocks", after), *alone.items())),
     )

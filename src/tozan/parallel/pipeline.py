@@ -5,6 +5,9 @@ backward its input's gradient back, while the next action runs. Each product is 
 operands, and every schedule adds gradients up in the order of the micro-batches, so losses and gradients are the
 single process's to the bit.
 
+With data parallelism beside it, `Pipeline.hand_over` passes each micro-batch's gradients of a piece of the model on as
+soon as they are complete, in the order of the micro-batches, and the sum over replicas is the single process's, too.
+
 A tied embedding is on the first stage and on the last; its gradient is made as one process would (`tied.py`).
 """
 
@@ -12,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +28,15 @@ from tozan.comm import Axis, collectives
 from tozan.comm.ledger import Total
 from tozan.parallel.mail import Mail
 from tozan.parallel.placement import Placement
-from tozan.parallel.tied import TiedEmbedding, frozen
+from tozan.parallel.synchronizer import Relay
+from tozan.parallel.tied import TiedEmbedding, frozen, relay
 from tozan.parallel.weight_gradients import WeightGradients
 from tozan.schedules import Action, Schedule, Step
 
 Layers = tuple[tuple[range, ...], ...]
 """Block numbers: `layers[stage][chunk]`, as `layout.split_layers` gives them, or any other contiguous split."""
+HandOver = Callable[[Collection[str], bool], None]
+"""Takes the gradients of these parameters, whether they are the step's last: `DataParallel.hand_over` and `Zero`'s."""
 LocalShape = Callable[[int, int], tuple[int, ...]]
 """Shape of this rank's part of the residual stream for B samples of T tokens: `Scheme.local_shape`, the width given."""
 
@@ -123,6 +130,7 @@ class Pipeline:
 
     Attributes:
         outcome: what the last step did.
+        hand_over: takes the gradients of every micro-batch; None adds them up in the parameters' `.grad`.
 
     Raises:
         ValueError: schedule, layers and axis are not of the same number of stages and chunks.
@@ -152,11 +160,13 @@ class Pipeline:
         if any(action.kind == "backward_weight" for action in schedule.actions[self.stage]):
             self._gradients.bind(model)
         blocks = dict(model.blocks.named_children())  # type: ignore[union-attr]
-        self._chunks = [[blocks[str(number)] for number in piece] for piece in layers[self.stage]]
+        self._layers = layers[self.stage]
+        self._chunks = [[blocks[str(number)] for number in piece] for piece in self._layers]
         self._is_tied = part.tied and axis.size > 1
+        self.hand_over: HandOver | None = None
 
     def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], factor: float) -> Outcome:
-        """Forward and backward of all micro-batches; gradients are added to the parameters' `.grad`.
+        """Forward and backward of all micro-batches; gradients are added to the parameters' `.grad`, or handed over.
 
         Args:
             inputs: (B, T) int64 of every micro-batch, on all stages.
@@ -219,6 +229,26 @@ class Pipeline:
         """The last stage's losses, on every stage; everyone waits for everyone."""
         return collectives.all_gather(losses[None], self.axis, dim=0, name="losses")[-1]
 
+    def groups(self) -> list[list[str]]:
+        """This stage's parameters by the time at which a micro-batch's gradients are complete.
+
+        One group per chunk, and one more for a tied embedding.
+        """
+        found: list[list[str]] = [[] for _ in self._chunks]
+        places = {number: chunk for chunk, piece in enumerate(self._layers) for number in piece}
+        for name, _ in self.model.named_parameters():
+            module, _, rest = name.partition(".")
+            if not (self._is_tied and module == "embed"):
+                inside = module == "blocks"
+                chunk = places[int(rest.partition(".")[0])] if inside else -1 if module in ("norm", "head") else 0
+                found[chunk].append(name)
+        return [*found, *([name] for name in self.relays())]
+
+    def relays(self) -> dict[str, Relay]:
+        """Parameters whose gradient another stage makes or needs, too, and the way of the sum to the other."""
+        ends = self._is_tied and self.stage in (0, self.axis.size - 1)
+        return {"embed.weight": partial(relay, axis=self.axis)} if ends else {}
+
     def share(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
         """Placements that say that a tied embedding is on two stages; the first counts as its owner."""
         shared = dict(placements)
@@ -263,8 +293,10 @@ class _Step:
         self.losses = torch.zeros(len(inputs), dtype=pipeline._dtype, device=inputs[0].device)
         self.tied: TiedEmbedding | None = None
         if pipeline._is_tied and pipeline.stage in (0, pipeline.schedule.stages - 1):
-            arguments = inputs, targets, factor, pipeline._autocast
+            arguments = inputs, targets, factor, pipeline._autocast, pipeline.hand_over
             self.tied = TiedEmbedding(pipeline.model, pipeline.axis, pipeline.schedule, *arguments)
+        self.groups = pipeline.groups() if pipeline.hand_over else []
+        self.aside: dict[tuple[int, int], dict[nn.Parameter, Tensor | None]] = {}
 
     def prepare(self, number: int) -> None:
         """What a tied embedding has to do before the action of this number."""
@@ -282,12 +314,35 @@ class _Step:
         if action.kind == "forward":
             self._forward(action, arrived)
         elif action.kind == "backward_weight":
+            self._take_up(action)
             self.pipeline._gradients.finish(action[1:])
-        else:
-            if action.kind == "backward_input":
-                self.pipeline._gradients.begin(action[1:])
+            self._hand_over(action)
+        elif action.kind == "backward_input":
+            self.pipeline._gradients.begin(action[1:])
             self._backward(action, arrived)
             self.pipeline._gradients.end()
+            self._lay_aside(action)
+        else:
+            self._backward(action, arrived)
+            self._hand_over(action)
+
+    def _hand_over(self, action: Action) -> None:
+        """A micro-batch's gradients of a chunk are complete."""
+        if self.pipeline.hand_over:
+            self.pipeline.hand_over(self.groups[action.chunk], action.microbatch == len(self.inputs) - 1)
+
+    def _lay_aside(self, action: Action) -> None:
+        """Keep what a `backward_input` has made of gradients until the rest of the micro-batch's is there."""
+        if self.pipeline.hand_over:
+            named = [self.pipeline.model.get_parameter(name) for name in self.groups[action.chunk]]
+            self.aside[action.microbatch, action.chunk] = {parameter: parameter.grad for parameter in named}
+            for parameter in named:
+                parameter.grad = None
+
+    def _take_up(self, action: Action) -> None:
+        """Put back what `_lay_aside` has kept."""
+        for parameter, gradient in self.aside.pop((action.microbatch, action.chunk), {}).items():
+            parameter.grad = gradient
 
     def finish(self) -> None:
         """After the last action."""

@@ -13,12 +13,16 @@ Two orders of summation:
   one reduce_scatter per micro-batch instead of one per step, and holds only a shard of the gradient between them.
 * In the order of ranks (False): each rank adds up its own micro-batches, and nothing is sent before the last one. As
   good numerically, and the same bits in every run of the same layout, but not the bits of another layout.
+
+In a pipeline the backward passes of several micro-batches and pieces of the model interleave, so that hooks cannot tell
+which micro-batch a gradient belongs to. There the pipeline says when a micro-batch's gradients of some parameters are
+complete (`hand_over`); each schedule does so in the order of the micro-batches.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -27,6 +31,9 @@ from torch import Tensor
 from tozan.comm import Axis, Handle
 from tozan.comm import collectives as c
 from tozan.parallel.flat import Unit
+
+Relay = Callable[[Tensor], Handle]
+"""Starts sending a part of a sum that was made here, or receiving one that was made elsewhere into the room for it."""
 
 IN_FLIGHT = 2
 """Units whose gradients may be on their way at once: enough to keep the wire busy, and bounds the memory."""
@@ -44,6 +51,7 @@ class Synchronizer:
         in_order: with copies, sum over all ranks in their order, instead of inside first and then across.
         settled: called once per unit and step when its shard is being completed, in a fixed order.
         completed: called whenever a unit's gradients are complete on this rank, in every backward pass.
+        relays: for units by name whose sum ranks outside of `ranks` need or make: what it goes through.
     """
 
     def __init__(
@@ -56,16 +64,18 @@ class Synchronizer:
         in_order: bool,
         settled: Callable[[Unit, Handle], None],
         completed: Callable[[Unit], None] = lambda _: None,
+        relays: Mapping[str, Relay] | None = None,
     ) -> None:
         self._units, self._ranks, self._shards, self._copies = list(units), ranks, shards, copies
         self._every, self._in_order = every_micro_batch, in_order
-        self._settled, self._completed = settled, completed
+        self._settled, self._completed, self._relays = settled, completed, relays or {}
         self._missing = [0] * len(self._units)
         self._next = len(self._units)  # the unit to launch next; none before the first `begin`
         self._reducing = self._last = False
         self._sums: dict[str, Tensor] = {}
         self._seen: int | None = None
         self._pending: deque[tuple[Unit, Handle, bool]] = deque()
+        self._sending: list[Handle] = []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))  # type: ignore[no-untyped-call]
             for number, unit in enumerate(self._units)
@@ -79,6 +89,18 @@ class Synchronizer:
         self._missing = [len(unit.parameters) for unit in self._units]
         self._next = 0
 
+    def hand_over(self, names: Collection[str], last: bool) -> None:
+        """In place of `begin`: one more micro-batch's gradients of these parameters are complete; send them.
+
+        Args:
+            names: parameters that make up whole units; the same on all ranks, call by call.
+            last: whether this is the step's last micro-batch.
+        """
+        for unit in self._units:
+            if unit.parameters.keys() <= set(names):
+                self._launch(unit, last)
+        self._last = True
+
     def finish(self) -> None:
         """After the last backward pass: send what is left and wait for all of it."""
         if not self._last:
@@ -86,6 +108,14 @@ class Synchronizer:
         self._close()
         while self._pending:
             self._settle()
+        for unit in self._units:
+            if unit.name in self._relays and unit.name not in self._sums:
+                room = torch.empty(self._piece(unit), dtype=unit.dtype, device=unit.device)
+                self._complete(unit, self._relays[unit.name](room).wait())
+        # Not before: the other side receives when it has finished its own passes, which may need ours.
+        for handle in self._sending:
+            handle.wait()
+        self._sending.clear()
         self._sums.clear()
         self._last = self._reducing = False
 
@@ -108,34 +138,39 @@ class Synchronizer:
         if self._missing[number] == 0:
             self._completed(self._units[number])
         while self._reducing and self._next < len(self._units) and self._missing[self._next] == 0:
-            self._launch()
+            self._launch_next()
 
     def _close(self) -> None:
         """Launch units of which some parameters had no part in the loss: their gradients are zero here."""
         while self._reducing and self._next < len(self._units):
-            self._launch()
+            self._launch_next()
 
-    def _launch(self) -> None:
-        unit = self._units[self._next]
+    def _launch_next(self) -> None:
         self._next += 1
+        self._launch(self._units[self._next - 1], self._last)
+
+    def _piece(self, unit: Unit) -> int:
+        """Elements of a unit that a rank sums."""
+        everywhere = self._copies.size > 1 and self._in_order
+        return unit.total // (self._ranks if everywhere else self._shards).size
+
+    def _launch(self, unit: Unit, last: bool) -> None:
         flat = unit.pack({name: p.grad for name, p in unit.parameters.items()})
         if self._seen is not None:
             self._seen = (self._seen + int(flat.view(torch.int64).sum())) % 2**64
         for parameter in unit.parameters.values():
             parameter.grad = None
         first = unit.name not in self._sums
-        hybrid = self._copies.size > 1
-        parts, axis = self._ranks.size, self._ranks
-        if hybrid and self._in_order:
+        axis, piece = self._shards, self._piece(unit)
+        if self._copies.size > 1 and self._in_order:
             # Rank r·S + i (copy r of shard i) gets piece r of shard i: the pieces must lie in the order of the ranks.
             flat = flat.view(self._shards.size, self._copies.size, -1).transpose(0, 1).reshape(-1)
-        elif hybrid:
-            parts, axis = self._shards.size, self._shards
+            axis = self._ranks
         if first:
-            self._sums[unit.name] = torch.empty(unit.total // parts, dtype=unit.dtype, device=unit.device)
-        into, sizes = self._sums[unit.name], [unit.total // parts] * parts
+            self._sums[unit.name] = torch.empty(piece, dtype=unit.dtype, device=unit.device)
+        into, sizes = self._sums[unit.name], [piece] * axis.size
         handle = c.scatter_sum_async(flat, axis, sizes, name=f"gradients of {unit.name}", into=into, first=first)
-        self._pending.append((unit, handle, self._last))
+        self._pending.append((unit, handle, last))
         # By number and not by what has arrived: the order of operations must be the same on all ranks.
         while len(self._pending) > IN_FLIGHT:
             self._settle()
@@ -143,8 +178,13 @@ class Synchronizer:
     def _settle(self) -> None:
         unit, handle, last = self._pending.popleft()
         total = handle.wait()
-        if not last:
-            return
+        if last and unit.name in self._relays:
+            self._sending.append(self._relays[unit.name](total))
+        if last:
+            self._complete(unit, total)
+
+    def _complete(self, unit: Unit, total: Tensor) -> None:
+        """Make this rank's shard of a unit's sum known, from the piece that it has summed."""
         name = f"gradients of {unit.name}"
         if self._copies.size == 1:
             self._settled(unit, Handle(self._shards, None, (), lambda: total))

@@ -9,12 +9,15 @@ When the first stage's message comes, the head's logits are long gone. The last 
 gradient out of its backward pass and makes it then, from the head's input: one more product with the vocabulary per
 micro-batch, most of it at the end, where the last stage waits for the others anyway. At which of its actions it does
 so is read off the schedule's replay, so that all ranks of a stage do the same and nobody waits for himself.
+
+With replicas that take over gradients micro-batch by micro-batch, the sum over the replicas is made on the last stage,
+and each replica's part of that is what goes back (`relay`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -71,6 +74,7 @@ class TiedEmbedding:
         targets: targets of every micro-batch.
         factor: what losses are multiplied by before the backward pass.
         autocast: opens the context that forward passes run in.
+        hand_over: takes each micro-batch's gradient, and has the sum sent back; None sends it from here.
 
     Attributes:
         seconds: spent computing, waits left out.
@@ -85,9 +89,10 @@ class TiedEmbedding:
         targets: Sequence[Tensor],
         factor: float,
         autocast: Callable[[], AbstractContextManager[Any]],
+        hand_over: Callable[[Collection[str], bool], None] | None = None,
     ) -> None:
         self._model, self._axis, self._inputs, self._targets = model, axis, inputs, targets
-        self._factor, self._autocast = factor, autocast
+        self._factor, self._autocast, self._hand_over = factor, autocast, hand_over
         embed = model.embed
         assert isinstance(embed, nn.Module)
         assert isinstance(embed.weight, nn.Parameter)
@@ -111,6 +116,8 @@ class TiedEmbedding:
         if self._due:
             for microbatch in self._due[number]:
                 self._add(microbatch)
+                if self._hand_over:
+                    self._hand_over(["embed.weight"], microbatch == len(self._inputs) - 1)
 
     def finish(self) -> None:
         """After the last action: both stages have the sum."""
@@ -118,6 +125,9 @@ class TiedEmbedding:
             handle.wait()
         if self._axis.index == self._last:
             self.before(-1)
+        if self._hand_over:
+            return
+        if self._axis.index == self._last:
             assert self._weight.grad is not None
             collectives.send(self._weight.grad, self._axis, 0, tag=TAG, name="tied embedding")
         else:
@@ -138,3 +148,10 @@ class TiedEmbedding:
         (of_embedding,) = torch.autograd.grad(embedded, self._weight, gradient)
         torch.autograd.backward(self._weight, of_head + of_embedding)
         self.seconds += time.perf_counter() - start
+
+
+def relay(total: Tensor, axis: Axis) -> Handle:
+    """Send the sum of a tied embedding's gradients from the last stage, or receive it on the first, into `total`."""
+    if axis.index == 0:
+        return collectives.recv_async(total, axis, axis.size - 1, tag=TAG, name="tied embedding")
+    return collectives.send_async(total, axis, 0, tag=TAG, name="tied embedding")

@@ -22,7 +22,7 @@ The optimizer steps `zero.parameters`: for every parameter this rank's flat slic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from tozan.layout import SEGMENT
 from tozan.optim.gradients import segment_squares, sums_of_squares
 from tozan.parallel.flat import Unit, by_block
 from tozan.parallel.gathering import Gathering
-from tozan.parallel.synchronizer import Synchronizer
+from tozan.parallel.synchronizer import Relay, Synchronizer
 
 
 class Zero:
@@ -46,6 +46,7 @@ class Zero:
         blocks: modules that are sharded, gathered and freed as one; default: `model.blocks`.
         shards: (inside, across) from `mesh.part(axis, size)` for hybrid sharding; default: the whole axis.
         deterministic: sum in the order of micro-batches, in stage 1 and hybrid sharding too.
+        relays: see `data.DataParallel`.
 
     Attributes:
         parameters: this rank's slice of every parameter, empty where it holds nothing of it.
@@ -67,6 +68,7 @@ class Zero:
         blocks: Sequence[nn.Module] | None = None,
         shards: tuple[Axis, Axis] | None = None,
         deterministic: bool = True,
+        relays: Mapping[str, Relay] | None = None,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO stage {stage} is not 1, 2 or 3")
@@ -77,7 +79,7 @@ class Zero:
         if blocks is None:
             blocks = list(model.blocks)  # type: ignore[arg-type]
         self.stage, self._axis = stage, inside
-        inner, outer = by_block(model, blocks, inside.size, across.size)
+        inner, outer = by_block(model, blocks, inside.size, across.size, relays or ())
         if len(inner) != len(blocks):
             raise ValueError(f"ZeRO shards by blocks, but {len(blocks) - len(inner)} of them have no parameters")
         self._units = [*outer[:1], *inner, *outer[1:]]
@@ -107,11 +109,16 @@ class Zero:
             deterministic,
             lambda unit, handle: self._settled.append((unit, handle)),
             self._gathering.backward_done if self._gathering else lambda _: None,
+            relays,
         )
 
     def begin(self, last: bool) -> None:
         """Before each micro-batch: whether it is the last one of the step."""
         self._synchronizer.begin(last)
+
+    def hand_over(self, names: Collection[str], last: bool) -> None:
+        """In place of `begin`: see `Synchronizer.hand_over`."""
+        self._synchronizer.hand_over(names, last)
 
     def finish(self) -> None:
         """After the last backward pass: wait until `.grad` of `parameters` is this rank's slice of the sum."""

@@ -5,7 +5,7 @@ One process is the layout 1 × 1 × 1 of the same code: nothing is replaced, not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,7 @@ class Sync(Protocol):
     whole_state: bool
 
     def begin(self, last: bool) -> None: ...  # noqa: D102
+    def hand_over(self, names: Collection[str], last: bool) -> None: ...  # noqa: D102
     def finish(self) -> None: ...  # noqa: D102
     def sums_of_squares(self) -> dict[str, float]: ...  # noqa: D102
     def publish(self) -> None: ...  # noqa: D102
@@ -187,7 +188,7 @@ def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precis
     if stage:
         placements = stage.share(placements)
     held = {name: placements[name] for name, _ in model.named_parameters()}
-    return Split(mesh, model, held, sizes, _sync(config, model, mesh), stage)
+    return Split(mesh, model, held, sizes, _sync(config, model, mesh, stage), stage)
 
 
 def _stage(
@@ -204,12 +205,19 @@ def _stage(
     return pipeline.Pipeline(model, part, mesh["pp"], schedule, local_shape, precision.autocast)
 
 
-def _sync(config: Config, model: nn.Module, mesh: Mesh) -> Sync:
+def _sync(config: Config, model: nn.Module, mesh: Mesh, stage: pipeline.Pipeline | None) -> Sync:
     """What makes replicas one: plain data parallelism, or a stage of ZeRO."""
-    table, axis = config.layout, mesh["dp"]
-    # A pipeline's micro-batches end in another order than they are counted in; only their sum is exchanged.
-    deterministic = config.train.deterministic and table.pipeline == 1
+    table, axis, deterministic = config.layout, mesh["dp"], config.train.deterministic
+    hands_over = stage is not None and axis.size > 1 and (deterministic or table.zero >= 2)
+    relays = stage.relays() if stage and hands_over else None
+    sync: DataParallel | Zero
     if table.zero == 0 or axis.size == 1:
-        return DataParallel(dict(model.named_parameters()), axis, deterministic=deterministic)
-    shards = mesh.part(axis, table.zero_group) if table.zero_group else None
-    return Zero(model, axis, table.zero, shards=shards, deterministic=deterministic)
+        groups = stage.groups() if stage and hands_over else None
+        named = dict(model.named_parameters())
+        sync = DataParallel(named, axis, deterministic=deterministic, groups=groups, relays=relays)
+    else:
+        shards = mesh.part(axis, table.zero_group) if table.zero_group else None
+        sync = Zero(model, axis, table.zero, shards=shards, deterministic=deterministic, relays=relays)
+    if stage and hands_over:
+        stage.hand_over = sync.hand_over
+    return sync

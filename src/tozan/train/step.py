@@ -132,5 +132,6 @@ def run_pipeline(run: Run, batches: list[tuple[Tensor, Tensor]], tokens: int, cl
     clock.move("other", "forward", outcome.forward)
     clock.move("other", "backward", outcome.backward)
     clock.move("wait/pp", "bubble", outcome.waited)
-    run.split.sync.begin(last=True)
+    if run.split.stage.hand_over is None:
+        run.split.sync.begin(last=True)
     return [float(loss) for loss in outcome.losses.tolist()]
