@@ -19,7 +19,7 @@ import click
 
 from tozan import __version__
 from tozan.cli_bench import bench
-from tozan.cli_chaos import agent
+from tozan.cli_chaos import agent, chaos
 from tozan.cli_plan import plan
 from tozan.cli_words import FOLDER, examples
 from tozan.errors import EXIT_AGAIN
@@ -165,6 +165,7 @@ def node_shape(_context: click.Context, _option: click.Parameter, text: str) -> 
 @click.option("--shape", default="", callback=node_shape, help="PJM's node shape, such as 2x3x2.")
 @click.option("--stage", multiple=True, help="File that every rank reads: copied to the nodes first (llio_transfer).")
 @click.option("--hosts", help="File of host names, for mpirun on several nodes.")
+@click.option("--restarts", type=click.IntRange(min=0), default=0, help="After a lost process (torchrun, Slurm).")
 @click.option("--dry-run", is_flag=True, help="Print the script and start nothing.")
 def launch(config: Path, flags: tuple[str, ...], launcher: Any, dry_run: bool, **options: Any) -> None:
     """Start a run with as many processes as its layout needs, under torchrun, mpirun, Slurm or PJM."""
@@ -347,6 +348,7 @@ def report(run: Path, out: Path | None, ledger: bool) -> None:
 cli.add_command(plan)
 cli.add_command(bench)
 cli.add_command(agent)
+cli.add_command(chaos)
 
 
 @cli.group()

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 EXIT_AGAIN = 75
 """Exit status of a run that was asked to stop and has saved its state: started again, it continues (EX_TEMPFAIL)."""
 
+EXIT_LOST = 14
+"""Exit status of a rank that ends because another is lost or hangs."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -27,7 +27,7 @@ from typing import Any
 
 WARM = (
     *("torch", "torch.distributed", "torch._dynamo", "torch._inductor", "torch.distributed.distributed_c10d"),
-    *("tozan.cli", "tozan.train", "tozan.report.live", "tozan.recovery.slots"),
+    *("tozan.cli", "tozan.train", "tozan.report.live", "tozan.recovery.slots", "tozan.chaos.inject"),
     *("tozan.checkpoint.reader", "tozan.models.gpt2", "tozan.models.llama", "pydantic.type_adapter"),
 )
 """What a rank would otherwise import for itself."""
@@ -148,6 +148,10 @@ def _run(words: list[str], environment: dict[str, str]) -> int:
     from tozan import cli
 
     os.environ.update(environment)
+    if "TOZAN_CHAOS" in environment:
+        from tozan.chaos import inject
+
+        inject.install()
     return cli.main(words)
 
 

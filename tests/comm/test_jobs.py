@@ -32,9 +32,7 @@ def test_slurm_asks_for_and_binds_what_the_job_says():
         assert f"#SBATCH {option}\n" in text
     assert "#SBATCH --partition=large" in text
     assert "#SBATCH --account=g1" in text
-    assert (
-        "exec srun --ntasks=16 --ntasks-per-node=4 --kill-on-bad-exit=1 --cpus-per-task=12 --cpu-bind=verbose" in text
-    )
+    assert "srun --ntasks=16 --ntasks-per-node=4 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=12 --cpu-bind=v" in text
     assert "#SBATCH" not in script(JOB, "slurm", header=False)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tozan.recovery.slots import PAGE, Slots, create
+from tozan.recovery.slots import PAGE, Slots, begun, create
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_a_larger_state_replaces_all(memory):
 
 
 def test_begun_is_seen_by_others(memory):
-    assert memory.begun() == (0, 0)
+    assert begun(memory._descriptor) == (0, 0)
     memory.begin(12)
-    step, when = Slots(memory._descriptor).begun()
+    step, when = begun(memory._descriptor)
     assert step == 12
     assert when > 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from tozan.comm.place import expand_counts
-from tozan.errors import Problem, UserError
+from tozan.errors import EXIT_AGAIN, EXIT_LOST, Problem, UserError
 from tozan.layout import walk
 
 Launcher = Literal["torchrun", "mpirun", "slurm", "pjm"]
@@ -48,6 +48,7 @@ class Job:
         environment: further variables; on PJM those named `PJM_…` go to the job itself (`#PJM -x`), such as
             PJM_LLIO_GFSCACHE, the volumes that it uses.
         hosts: file of host names, for mpirun on several nodes outside an allocation.
+        restarts: times that the job is started again after a rank was lost (torchrun and Slurm).
     """
 
     command: tuple[str, ...]
@@ -63,6 +64,7 @@ class Job:
     stage: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     hosts: str | None = None
+    restarts: int = 0
 
     @property
     def per_node(self) -> int:
@@ -238,6 +240,7 @@ def _torchrun(job: Job) -> list[str]:
         lines.append("# start this on every node, with MASTER_ADDR the name of the first")
         where = f"--nnodes={job.nodes} --rdzv-backend=c10d --rdzv-id={shlex.quote(job.name)}"
         where += f' --rdzv-endpoint="${{MASTER_ADDR:?name of the first node}}:{_PORT}"'
+    where += f" --max-restarts={job.restarts}"
     return [*lines, f"exec torchrun {where} --nproc-per-node={job.per_node} --no-python {shlex.join(job.command)}"]
 
 
@@ -265,19 +268,27 @@ def _slurm_header(job: Job) -> list[str]:
     options += [f"--ntasks-per-node={job.per_node}"]
     if job.cores_per_rank:
         options.append(f"--cpus-per-task={job.cores_per_rank}")
-    options += [f"--time={_time(job.minutes)}", "--signal=TERM@120", f"--output={job.name}-%j.out"]
+    options += [f"--time={_time(job.minutes)}", f"--output={job.name}-%j.out"]
+    options += ["--signal=USR1@120", "--requeue", "--open-mode=append"]
     options += [f"--partition={job.queue}"] if job.queue else []
     options += [f"--account={job.account}"] if job.account else []
     return [f"#SBATCH {option}" for option in options]
 
 
 def _slurm(job: Job) -> list[str]:
-    options = f"--ntasks={job.ranks} --ntasks-per-node={job.per_node} --kill-on-bad-exit=1"
+    # Ranks that stop leave together by themselves; one that is killed for leaving second would spoil the exit status.
+    options = f"--ntasks={job.ranks} --ntasks-per-node={job.per_node} --kill-on-bad-exit=0 --wait=60"
     if job.cores_per_rank:
         options += f" --cpus-per-task={job.cores_per_rank} --cpu-bind=verbose,cores --distribution=block:block"
     else:
         options += " --cpu-bind=none"
-    return [f"exec srun {options} {shlex.join(job.command)}"]
+    lost = f'[ "$status" = {EXIT_LOST} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.restarts} ]'
+    return [
+        "status=0",
+        f"srun {options} {shlex.join(job.command)} || status=$?",
+        f'if [ "$status" = {EXIT_AGAIN} ] || {{ {lost}; }}; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$status"',
+    ]
 
 
 def _pjm_header(job: Job) -> list[str]:

@@ -25,8 +25,9 @@ from tozan.comm import binding
 from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
 from tozan.comm.mesh import Mesh
-from tozan.comm.monitor import EXIT_LOST, Monitor
+from tozan.comm.monitor import Monitor
 from tozan.comm.place import Place, address_towards, check, find, interface_to, is_loopback
+from tozan.errors import EXIT_LOST
 from tozan.layout import Layout
 
 

@@ -20,9 +20,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tozan.comm.ledger import Ledger
-
-EXIT_LOST = 14
-"""Exit status of a rank that ends because another is lost or hangs."""
+from tozan.errors import EXIT_LOST
 
 
 class Store(Protocol):

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from tozan.errors import EXIT_AGAIN
+from tozan.recovery import slots
 from tozan.recovery.node import Event, Node
 from tozan.recovery.slots import Slots
 
@@ -78,6 +79,7 @@ class Agent:
     Attributes:
         node: this machine's ranks.
         reached: the newest step that any rank has begun.
+        on_event: see above.
     """
 
     def __init__(
@@ -93,9 +95,9 @@ class Agent:
         self.words, self.ranks, self.policy = list(words), ranks, policy
         self.node = Node(ranks, inherit, output)
         self.reached = 0
-        self._on_event, self._environment = on_event, dict(environment or {})
+        self.on_event, self._environment = on_event, dict(environment or {})
         self._asked: signal.Signals | None = None
-        self._fruitless, self._lost_at = 0, 0.0
+        self._fruitless, self._counted, self._lost_at, self._forget = 0, -1, 0.0, False
 
     def run(self) -> int:
         """Run to the end.
@@ -114,6 +116,14 @@ class Agent:
         self._asked = signal.Signals(number)
         for rank in list(self.node.processes):
             self.node.signal(rank, self._asked)
+
+    def begun(self) -> list[tuple[int, int]]:
+        """The step that each rank has begun last, and when, in ns of the monotonic clock."""
+        return [slots.begun(descriptor) for descriptor in self.node.memory]
+
+    def forget_copies(self) -> None:
+        """Let the next generation find no copy in memory, as if the node had been lost; for tests of that."""
+        self._forget = True
 
     def close(self) -> None:
         """End what still runs."""
@@ -143,7 +153,7 @@ class Agent:
             if generation.lost or late:
                 self._end_all(generation)
                 give_up = now + self.policy.leave
-        self.reached = max(self.reached, max((step for step, _ in self._begun()), default=0))
+        self.reached = max(self.reached, max((step for step, _ in self.begun()), default=0))
         return generation
 
     def _note(self, generation: Generation, event: Event) -> None:
@@ -190,7 +200,7 @@ class Agent:
         return None
 
     def _new_steps(self) -> bool:
-        before, self._counted = getattr(self, "_counted", -1), self.reached
+        before, self._counted = self._counted, self.reached
         return self.reached > before
 
     def _newest_copy(self) -> int | None:
@@ -199,23 +209,17 @@ class Agent:
             return None
         memories = [Slots(descriptor) for descriptor in self.node.memory]
         common = set.intersection(*(set(memory.steps()) for memory in memories))
+        if self._forget:
+            common, self._forget = set(), False
         newest = max(common, default=None)
         for memory in memories:
             memory.forget(after=-1 if newest is None else newest)
             memory.close()
         return newest
 
-    def _begun(self) -> list[tuple[int, int]]:
-        found = []
-        for descriptor in self.node.memory:
-            memory = Slots(descriptor)
-            found.append(memory.begun())
-            memory.close()
-        return found
-
     def _look_for_steps(self, generation: Generation, resume: int | None) -> None:
         """See whether every rank has begun its first step, and if so from where it continues."""
-        begun = self._begun()
+        begun = self.begun()
         if any(when / 1e9 < generation.started for _, when in begun):
             return
         generation.begun = True
@@ -245,7 +249,7 @@ class Agent:
         }
 
     def _tell(self, event: str, generation: int, **values: Any) -> None:
-        self._on_event({"event": event, "generation": generation, "at": time.monotonic_ns(), **values})
+        self.on_event({"event": event, "generation": generation, "at": time.monotonic_ns(), **values})
 
 
 def say(event: dict[str, Any]) -> None:

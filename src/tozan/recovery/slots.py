@@ -47,6 +47,12 @@ def checksum(body: memoryview) -> int:
         return int(np.frombuffer(body, "<u8").sum(dtype=np.uint64))
 
 
+def begun(descriptor: int) -> tuple[int, int]:
+    """The step last begun and when (ns of the monotonic clock); zeros before the first."""
+    step, when = struct.unpack("<QQ", os.pread(descriptor, 16, 0))
+    return step, when
+
+
 class Slots:
     """The two slots of one rank, seen from the rank or from its agent.
 
@@ -61,11 +67,6 @@ class Slots:
     def begin(self, step: int) -> None:
         """Note that `step` was begun."""
         struct.pack_into("<QQ", self._map, 0, step, time.monotonic_ns())
-
-    def begun(self) -> tuple[int, int]:
-        """The step last begun and when (ns of the monotonic clock); zeros before the first."""
-        step, when = struct.unpack_from("<QQ", self._map, 0)
-        return step, when
 
     def steps(self) -> list[int]:
         """Steps of complete and undamaged copies, ascending. Reads them through."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -94,12 +95,7 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 except SilentError as error:
                     roll_back(run, saver, metrics, error)
             if stop.received and run.step < config.train.steps:
-                if not due(run.step, config.checkpoint.every):
-                    save(run, saver, metrics)
-                metrics.write("event", run.step, event="stopped", text=stop.received.name)
-                if saver:
-                    saver.wait()
-                raise Interrupted(stop.received, run.step)
+                leave(run, saver, metrics, stop.received)
     finally:
         metrics.close()
         breakdown.close()
@@ -171,6 +167,21 @@ def save(run: Run, saver: Saver | None, metrics: Metrics) -> None:
     metrics.write("event", run.step, event="checkpoint", text=f"step {run.step}")
 
 
+def leave(run: Run, saver: Saver | None, metrics: Metrics, received: signal.Signals) -> None:
+    """Save and stop; all ranks together, since launchers kill those that are still saving when the first has left.
+
+    Raises:
+        Interrupted: always.
+    """
+    if not due(run.step, run.config.checkpoint.every):
+        save(run, saver, metrics)
+    metrics.write("event", run.step, event="stopped", text=received.name)
+    if saver:
+        saver.wait()
+    collectives.barrier(run.split.mesh.everyone, name="saved")
+    raise Interrupted(received, run.step)
+
+
 def write_ledger(run: Run) -> None:
     """Leave what this rank has said to whom in the run's folder; alone there is nothing to tell."""
     if not run.split.alone:
@@ -214,6 +225,7 @@ def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock, breakdo
         "step",
         run.step,
         tokens=run.tokens,
+        samples=run.samples,
         loss=result.loss,
         grad_norm=result.grad_norm,
         lr=result.lr,

@@ -1,0 +1,148 @@
+"""The script of faults: which, where and when, from a seed alone; and the marks that say which have happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+KINDS: dict[str, int] = {
+    "kill": 22,
+    "kill from outside": 9,
+    "kill in a save": 9,
+    "kill in a copy": 5,
+    "kill in a restart": 5,
+    "terminate": 6,
+    "stop": 6,
+    "pause": 4,
+    "slow rank": 4,
+    "no space": 4,
+    "device error": 4,
+    "read-only folder": 3,
+    "vanished folder": 3,
+    "truncated checkpoint": 3,
+    "flipped checkpoint bit": 3,
+    "damaged checkpoint, memory lost": 1,
+    "damaged shard": 2,
+    "nan gradient": 4,
+    "inf gradient": 4,
+    "dropped connection": 5,
+}
+"""Kinds of faults and how often each comes, relative to the others."""
+
+OUTSIDE = {
+    *("kill from outside", "pause", "vanished folder", "truncated checkpoint", "flipped checkpoint bit"),
+    *("damaged checkpoint, memory lost", "damaged shard"),
+}
+"""Kinds that are done to a rank or its files from another process."""
+HARMLESS = {"pause", "slow rank", "nan gradient", "inf gradient", "vanished folder"}
+"""Kinds after which nothing needs to be restarted."""
+MEMORY_LOST = {"damaged checkpoint, memory lost"}
+"""Kinds that stand for the loss of a node and all its memory: these may cost more than one step."""
+_AT_SAVES = {"kill in a save", "no space", "device error", "read-only folder"}
+_PHASES = ("data", "forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        number: its place in the script, from 0.
+        kind: one of `KINDS`.
+        step: it is armed when this step begins.
+        rank: who is hit.
+        point: where in the step: a phase that has just ended, `collective`, `file` (a call that changes a file),
+            `copy`, `restart`, `step`, or `outside`.
+        count: at the how many-th arrival there.
+        delay: seconds between that and the fault.
+        chance: a number in [0, 1) for whatever else is to be chosen.
+    """
+
+    number: int
+    kind: str
+    step: int
+    rank: int
+    point: str
+    count: int
+    delay: float
+    chance: float
+
+    def words(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def write(seed: int, count: int, steps: int, ranks: int, every: int) -> list[Fault]:
+    """A script of `count` faults, spread over the steps 2 … steps - 1; each kind that there is room for comes.
+
+    Args:
+        seed: the same seed gives the same script.
+        count: faults.
+        steps: of the run; at least twice as many.
+        ranks: of the run.
+        every: steps between checkpoints.
+    """
+    chance = random.Random(seed)
+    kinds = list(KINDS)[:count]
+    kinds += chance.choices(list(KINDS), list(KINDS.values()), k=count - len(kinds))
+    chance.shuffle(kinds)
+    script = []
+    for number, kind in enumerate(kinds):
+        step = 2 + int((number + 0.8 * chance.random()) * (steps - 3) / count)
+        point, arrival, delay = _place(kind, chance)
+        if kind in _AT_SAVES:
+            step = min(steps, -(-step // every) * every)
+        # Files are rank 0's in any layout; other ranks may write some.
+        rank = 0 if point == "file" else chance.randrange(ranks)
+        script.append(Fault(number, kind, step, rank, point, arrival, delay, chance.random()))
+    return sorted(script, key=lambda fault: (fault.step, fault.number))
+
+
+def _place(kind: str, chance: random.Random) -> tuple[str, int, float]:
+    """(point, arrival, delay) for a kind."""
+    if kind in OUTSIDE:
+        return "outside", 1, chance.uniform(0, 0.01)
+    if kind in _AT_SAVES:
+        return "file", chance.randint(1, 24), 0.0
+    if kind == "kill in a copy":
+        return "copy", chance.randint(1, 2), 0.0
+    if kind == "kill in a restart":
+        return "restart", 1, chance.uniform(0.0, 0.15)
+    if kind in ("nan gradient", "inf gradient"):
+        return "step", 1, 0.0
+    if chance.random() < 0.5:
+        return "collective", chance.randint(1, 4), 0.0
+    return chance.choice(_PHASES), 1, 0.0 if kind == "slow rank" else chance.choice((0.0, 0.001, 0.003))
+
+
+class Marks:
+    """Which faults have happened and when, in memory that outlives the ranks.
+
+    Args:
+        descriptor: of a file of 16 bytes per fault: when, in ns of the monotonic clock, and in which step.
+    """
+
+    _FORM = struct.Struct("<QQ")
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def create(cls, count: int) -> Marks:
+        """For `count` faults, none of which has happened."""
+        descriptor = os.memfd_create("tozan faults", 0)
+        os.ftruncate(descriptor, cls._FORM.size * count)
+        return cls(descriptor)
+
+    def set(self, number: int, step: int) -> None:
+        """Note that a fault happens now."""
+        os.pwrite(self.descriptor, self._FORM.pack(time.monotonic_ns(), step), number * self._FORM.size)
+
+    def get(self, number: int) -> tuple[int, int]:
+        """(when, in which step); zeros if it has not happened."""
+        when, step = self._FORM.unpack(os.pread(self.descriptor, self._FORM.size, number * self._FORM.size))
+        return when, step

@@ -1,0 +1,146 @@
+"""What came of the faults: a table for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tozan.chaos.faults import HARMLESS, MEMORY_LOST, Fault
+
+
+@dataclass
+class Outcome:
+    """One fault and what followed.
+
+    Attributes:
+        number: of the fault.
+        kind: of the fault.
+        step: in which it happened; None if it did not.
+        detected: seconds until the agent knew of a loss; None if nothing was lost by it.
+        lost: steps that were begun and had to be done again, the interrupted one included.
+        recovery: seconds from knowing to the first step of the next generation.
+    """
+
+    number: int
+    kind: str
+    step: int | None
+    detected: float | None = None
+    lost: int = 0
+    recovery: float | None = None
+
+
+@dataclass
+class Report:
+    """Everything about a run under faults.
+
+    Attributes:
+        outcomes: one per fault.
+        steps: of the training.
+        lost: steps done again.
+        generations: how often the ranks were started.
+        seconds: of the run in peace, and of the other.
+        differences: what the two runs do not have in common, or what else went wrong.
+    """
+
+    outcomes: list[Outcome]
+    steps: int
+    lost: int
+    generations: int
+    seconds: tuple[float, float]
+    differences: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def make(
+        plan: list[Fault],
+        fired: dict[int, tuple[int, int]],
+        events: list[dict[str, Any]],
+        steps: int,
+        seconds: tuple[float, float],
+    ) -> Report:
+        """Join the faults with what the agent told.
+
+        A loss belongs to the first fault before it that can cause one and to which no loss belongs yet; a second loss
+        (a restart that was disturbed, say) to the last fault before it.
+
+        Args:
+            plan: the script.
+            fired: (when in ns, in which step) by number of the fault.
+            events: what the agent told.
+            steps: of the training.
+            seconds: of the run in peace, and of the other.
+        """
+        outcomes = {
+            f.number: Outcome(f.number, f.kind, fired[f.number][1] if fired[f.number][0] else None) for f in plan
+        }
+        order = sorted((when, number) for number, (when, _) in fired.items() if when)
+        lost = 0
+        culprit: Outcome | None = None
+        for event in events:
+            if event["event"] == "lost":
+                before = [outcomes[number] for when, number in order if when <= event["at"]]
+                causes = [o for o in before if o.kind not in HARMLESS]
+                open_ones = [o for o in causes if o.detected is None]
+                culprit = next(iter(open_ones), None) or next(reversed(causes or before), None)
+                if culprit and culprit.detected is None:
+                    culprit.detected = (event["at"] - fired[culprit.number][0]) / 1e9
+            elif event["event"] == "resumed":
+                lost += event["lost"]
+                if culprit:
+                    culprit.lost += event["lost"]
+                    culprit.recovery = event["seconds"]
+        for outcome in outcomes.values():
+            if outcome.kind.endswith("gradient") and outcome.step is not None:
+                outcome.lost += 1  # taken twice, without a restart
+                lost += 1
+        generations = max((event["generation"] for event in events), default=1)
+        report = Report(list(outcomes.values()), steps, lost, generations, seconds)
+        report.differences += [f"fault {o.number} ({o.kind}) did not happen" for o in report.outcomes if o.step is None]
+        report.differences += [
+            f"fault {o.number} ({o.kind}) in step {o.step} cost {o.lost} steps"
+            for o in report.outcomes
+            if o.lost > 1 and o.kind not in MEMORY_LOST
+        ]
+        return report
+
+    @property
+    def useful(self) -> float:
+        """Share of the steps begun that were not done again."""
+        return self.steps / (self.steps + self.lost)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differed, nothing was lost beyond a step per fault, and 97% of the steps were useful."""
+        return not self.differences and self.useful >= 0.97
+
+    def table(self) -> str:
+        """By kind: faults, how soon known, steps lost, seconds to recover."""
+        lines = [f"{'kind':<34}{'faults':>7}{'known after':>13}{'steps lost':>12}{'recovered in':>14}"]
+        for kind, count in sorted(Counter(o.kind for o in self.outcomes).items()):
+            mine = [o for o in self.outcomes if o.kind == kind]
+            detected = [o.detected for o in mine if o.detected is not None]
+            recovery = [o.recovery for o in mine if o.recovery is not None]
+            known = f"{median(detected):.3f} s" if detected else "-"
+            took = f"{median(recovery):.2f} s" if recovery else "-"
+            lines.append(f"{kind:<34}{count:>7}{known:>13}{sum(o.lost for o in mine):>12}{took:>14}")
+        peace, hurt = self.seconds
+        lines += [
+            "",
+            f"{len(self.outcomes)} faults over {self.steps:,} steps, {self.generations - 1} restarts, 0 manual actions",
+            f"{self.lost} steps done again: {self.useful:.1%} of the steps were useful",
+            f"{peace:.0f} s in peace, {hurt:.0f} s under faults",
+        ]
+        if self.differences:
+            lines += [f"{len(self.differences)} differences:", *(f"  {text[:300]}" for text in self.differences[:20])]
+        else:
+            lines.append("final weights, optimizer state, counters and every step's record are equal to the bit")
+        return "\n".join([*lines, "passed" if self.passed else "FAILED"])
+
+    def write(self, out: Path) -> None:
+        """Leave `report.json` and `report.txt` in a folder."""
+        words = asdict(self) | {"format": "tozan chaos", "version": 1, "useful": self.useful, "passed": self.passed}
+        (out / "report.json").write_text(json.dumps(words, indent=1) + "\n")
+        (out / "report.txt").write_text(self.table() + "\n")

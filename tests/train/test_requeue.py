@@ -1,0 +1,101 @@
+"""Schedulers and launchers that start a run again: Slurm's requeue after its warning, torchrun's restart after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm
+
+from tozan import checkpoint
+from tozan.comm.jobs import Job, script
+from tozan.train import train
+
+STEPS = 400
+FLAGS = (f"--train.steps={STEPS}", "--eval.every=0", "--checkpoint.every=50")
+TWO = ("--layout.data=2", "--train.accumulate=1")
+
+
+def job(path: Path, **options) -> Job:
+    return Job((sys.executable, "-m", "tozan", "train", str(path), *FLAGS, *TWO), ranks=2, name="again", **options)
+
+
+def steps(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return max((json.loads(line)["step"] for line in lines[:-1] if '"step"' in line), default=0)
+
+
+def wait_until(happened, seconds=240.0):
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end, f"nothing happened for {seconds:.0f} s"
+        time.sleep(0.1)
+    return found
+
+
+def hash_of(run: Path) -> str:
+    return checkpoint.state_hash(checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}").tensors)
+
+
+def resumed(run: Path) -> list[int]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if record.get("event") == "resumed"]
+
+
+@pytest.fixture
+def calm(configure) -> str:
+    """State hash of the undisturbed run, on one process."""
+    loaded = configure(*FLAGS, folder="calm")
+    train(loaded)
+    return hash_of(Path(loaded.config.run.folder))
+
+
+@pytest.mark.skipif(not slurm.installed(), reason="needs Slurm and munge, and root")
+@pytest.mark.timeout(600)
+def test_slurm_warns_requeues_and_the_run_ends_as_if_undisturbed(configure, calm, tmp_path):
+    configure(*FLAGS, *TWO, folder="queued")
+    run = tmp_path / "queued"
+    (tmp_path / "job.sh").write_text(script(job(tmp_path / "queued.toml"), "slurm"))
+    (tmp_path / "cluster").mkdir()
+    with slurm.one_node(tmp_path / "cluster", cores=2) as environment:
+
+        def call(*words: str) -> str:
+            return subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
+
+        number = call("sbatch", "--parsable", "job.sh").strip()
+        wait_until(lambda: steps(run) >= 60)
+        call("scancel", "--signal=USR1", number)  # as Slurm does by itself before the time is up
+        wait_until(lambda: call("squeue", "-h", "-j", number, "-o", "%T").strip() == "PENDING")
+        stopped = steps(run)
+        assert 60 <= stopped < STEPS
+        call("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job rest for two minutes
+        wait_until(lambda: not call("squeue", "-h", "-j", number).strip())
+    output = (tmp_path / f"again-{number}.out").read_text()
+    assert f"done: {STEPS} steps" in output, output
+    assert resumed(run) == [stopped]
+    assert hash_of(run) == calm
+
+
+def children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.timeout(600)
+def test_torchrun_restarts_after_kill_9(configure, calm, tmp_path):
+    configure(*FLAGS, *TWO, folder="torchrun")
+    run, path = tmp_path / "torchrun", tmp_path / "torchrun.sh"
+    path.write_text(script(job(tmp_path / "torchrun.toml", restarts=2), "torchrun"))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", path], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
+        wait_until(lambda: steps(run) >= 120)
+        os.kill(children(agent.pid)[-1], signal.SIGKILL)
+        output, _ = agent.communicate(timeout=400)
+    assert agent.returncode == 0, output.decode()
+    assert resumed(run)[0] in range(50, STEPS, 50)
+    assert hash_of(run) == calm
