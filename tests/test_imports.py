@@ -29,7 +29,7 @@ ALLOWED = {
     "optim": {"comm", "layout"},
     "data": {"files"},
     "checkpoint": {"models", "files", "layout"},
-    "recovery": {"files"},
+    "recovery": {"files", "config"},
     "planner": {"models.arithmetic", "models", "schedules", "layout", "config", "files", "wire"},
     "report": {"models.arithmetic", "planner", "config", "files", "bench.result"},
     "train": {
@@ -43,7 +43,7 @@ ALLOWED = {
     "cli_words": set(),
     "cli_plan": {"cli_words", "planner"},
     "cli_bench": {"cli_words", "bench"},
-    "cli_chaos": {"cli_words", "recovery", "chaos", "config"},
+    "cli_chaos": {"cli_words", "recovery", "chaos", "config", "comm"},
     "forkserver": {"cli", "chaos"},
     "cli": {
         *("cli_plan", "cli_bench", "cli_chaos", "cli_words", "comm", "api", "demo", "train", "data", "report"),

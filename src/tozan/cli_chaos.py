@@ -11,24 +11,25 @@ from tozan.cli_words import FOLDER, examples
 
 @click.command(
     context_settings={"ignore_unknown_options": True},
-    epilog=examples("tozan agent run.toml --layout.data 4", "tozan agent run.toml --recovery.restarts 3"),
+    epilog=examples(
+        "tozan agent run.toml --layout.data 4",
+        "srun --ntasks-per-node 1 tozan agent run.toml --layout.data 16   in a job of several nodes",
+    ),
 )
 @click.argument("config", type=FOLDER)
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[--TABLE.KEY VALUE]...")
 def agent(config: Path, flags: tuple[str, ...]) -> None:
     """Train like `tozan train`, with all processes of the layout, and restart them when one is lost.
 
-    Each process's state is copied into memory after every step, so that a loss costs one step at most.
+    Each process's state is copied into memory after every step, so that a loss costs one step at most. With one agent
+    on each node of a job, a lost node costs a few steps, and the run goes on with those that are left.
     """
-    from tozan.config import load
-    from tozan.recovery.agent import Policy, supervise
+    from tozan.comm import place
+    from tozan.recovery.supervise import supervise
 
-    found = load(config, flags).config
-    table = found.recovery
-    policy = Policy(table.copies, table.restarts, table.stopped)
-    words = ["train", str(config.resolve()), *flags]
-    log = Path(found.run.folder) / "recovery.jsonl"
-    raise click.exceptions.Exit(supervise(words, found.layout.processes, policy, log))
+    here = place.find()
+    status = supervise(config, flags, here.world_size, here.rank, (here.master, here.port))
+    raise click.exceptions.Exit(status)
 
 
 @click.command(
@@ -38,7 +39,7 @@ def agent(config: Path, flags: tuple[str, ...]) -> None:
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[--TABLE.KEY VALUE]...")
 @click.option("--faults", type=click.IntRange(min=0), default=40, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the script of faults.")
-@click.option("--steps", type=click.IntRange(min=20), help="Of the training; without it, 40 for each fault.")
+@click.option("--steps", type=click.IntRange(min=20), help="Of the training; without it, 50 for each fault.")
 @click.option("--out", type=FOLDER, default="chaos", show_default=True, help="Folder for both runs and the report.")
 def chaos(flags: tuple[str, ...], faults: int, seed: int, steps: int | None, out: Path) -> None:
     """Train a small model twice, in peace and under faults, and compare; exits with 1 if anything was lost.

@@ -1,8 +1,9 @@
 """Starts ranks by fork from a process that has everything imported, so that a restart costs milliseconds, not imports.
 
-Run by an agent (`tozan.recovery.node`) as `python -m tozan.forkserver DESCRIPTOR`, a socket of JSON lines:
+Run by an agent (`tozan.recovery.node`) as `python -m tozan.forkserver DESCRIPTOR`, a socket of JSON messages:
 
-    → {"start": "3", "words": ["train", "run.toml"], "environment": {...}}      ← {"started": "3", "process": 4711}
+    → {"start": "3", "words": ["train", "run.toml"], "environment": {...}, "told": {...}} with the descriptors of memory
+                                                                                ← {"started": "3", "process": 4711}
     → {"store": "127.0.0.1"}                                                   ← {"store": 4712, "port": 40123}
     → {"signal": "3", "number": 9}
                                              ← {"stopped": "3"}, {"continued": "3"}, {"ended": "3", "status": 9}
@@ -31,6 +32,8 @@ WARM = (
     *("tozan.checkpoint.reader", "tozan.models.gpt2", "tozan.models.llama", "pydantic.type_adapter"),
 )
 """What a rank would otherwise import for itself."""
+STORE = "-1"
+"""Stands for the store where others stand for a rank."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,7 +69,6 @@ class Server:
         selector = selectors.DefaultSelector()
         selector.register(self._agent, selectors.EVENT_READ)
         selector.register(self._woken, selectors.EVENT_READ)
-        pending = b""
         while True:
             ready = [key.fileobj for key, _ in selector.select()]
             if self._woken in ready:
@@ -74,16 +76,16 @@ class Server:
                     self._woken.recv(4096)
                 self._reap()
             if self._agent in ready:
-                received = self._agent.recv(1 << 16)
+                received, descriptors, _, _ = socket.recv_fds(self._agent, 1 << 18, 8)
                 if not received:
                     return
-                *lines, pending = (pending + received).split(b"\n")
-                for line in lines:
-                    self._obey(json.loads(line))
+                self._obey(json.loads(received), descriptors)
+                for descriptor in descriptors:
+                    os.close(descriptor)
 
-    def _obey(self, command: dict[str, Any]) -> None:
+    def _obey(self, command: dict[str, Any], descriptors: list[int]) -> None:
         if "start" in command:
-            process = self._fork(lambda: _run(command["words"], command["environment"]))
+            process = self._fork(lambda: _run(command, descriptors))
             self._children[process] = command["start"]
             self._say(started=command["start"], process=process)
         elif "store" in command:
@@ -99,7 +101,7 @@ class Server:
         os.close(writing)
         with os.fdopen(reading) as pipe:
             port = int(pipe.readline() or 0)
-        self._children[process] = "store"
+        self._children[process] = STORE
         self._say(store=process, port=port)
 
     def _fork(self, work: Any) -> int:
@@ -140,19 +142,21 @@ class Server:
                 self._say(ended=key, status=status)
 
     def _say(self, **words: Any) -> None:
-        self._agent.sendall(json.dumps(words).encode() + b"\n")
+        self._agent.sendall(json.dumps(words).encode())
 
 
-def _run(words: list[str], environment: dict[str, str]) -> int:
+def _run(command: dict[str, Any], descriptors: list[int]) -> int:
     """Be `tozan WORDS`."""
     from tozan import cli
 
-    os.environ.update(environment)
-    if "TOZAN_CHAOS" in environment:
+    memory, outbox, source = descriptors
+    told = command["told"] | {"memory": memory, "outbox": outbox, "source": source}
+    os.environ.update(command["environment"], TOZAN_AGENT=json.dumps(told))
+    if "TOZAN_CHAOS" in os.environ:
         from tozan.chaos import inject
 
         inject.install()
-    return cli.main(words)
+    return cli.main(command["words"])
 
 
 def _hold_store(host: str, writing: int) -> int:

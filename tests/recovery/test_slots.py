@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tozan.recovery.slots import PAGE, Slots, begun, create
+from tozan.recovery.slots import PAGE, Slots, begun, clear_begun, create
 
 
 @pytest.fixture
@@ -92,6 +92,7 @@ def test_a_larger_state_replaces_all(memory):
 def test_begun_is_seen_by_others(memory):
     assert begun(memory._descriptor) == (0, 0)
     memory.begin(12)
-    step, when = begun(memory._descriptor)
-    assert step == 12
-    assert when > 0
+    memory.begin(13)
+    assert begun(memory._descriptor) == (13, 12)
+    clear_begun(memory._descriptor)
+    assert begun(memory._descriptor) == (0, 0)

@@ -1,4 +1,4 @@
-"""Schedulers and launchers that start a run again: Slurm's requeue after its warning, torchrun's restart after a kill."""
+"""A run that is started again: by Slurm after its warning, by torchrun after a kill."""
 
 from __future__ import annotations
 
@@ -68,14 +68,17 @@ def test_slurm_warns_requeues_and_the_run_ends_as_if_undisturbed(configure, calm
         def call(*words: str) -> str:
             return subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
 
+        def state() -> str:
+            return call("squeue", "-h", "-t", "all", "-j", number, "-o", "%T").strip()
+
         number = call("sbatch", "--parsable", "job.sh").strip()
         wait_until(lambda: steps(run) >= 60)
         call("scancel", "--signal=USR1", number)  # as Slurm does by itself before the time is up
-        wait_until(lambda: call("squeue", "-h", "-j", number, "-o", "%T").strip() == "PENDING")
+        wait_until(lambda: state() == "PENDING")
         stopped = steps(run)
         assert 60 <= stopped < STEPS
         call("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job rest for two minutes
-        wait_until(lambda: not call("squeue", "-h", "-j", number).strip())
+        wait_until(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
     output = (tmp_path / f"again-{number}.out").read_text()
     assert f"done: {STEPS} steps" in output, output
     assert resumed(run) == [stopped]

@@ -38,7 +38,7 @@ OUTSIDE = {
     *("damaged checkpoint, memory lost", "damaged shard"),
 }
 """Kinds that are done to a rank or its files from another process."""
-HARMLESS = {"pause", "slow rank", "nan gradient", "inf gradient", "vanished folder"}
+HARMLESS = {"pause", "slow rank", "nan gradient", "inf gradient"}
 """Kinds after which nothing needs to be restarted."""
 MEMORY_LOST = {"damaged checkpoint, memory lost"}
 """Kinds that stand for the loss of a node and all its memory: these may cost more than one step."""

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+import tozan.train.loop
 from tozan.chaos.faults import Fault, Marks
 from tozan.comm.ledger import Ledger
 from tozan.recovery.slots import Slots
-from tozan.train import loop
 from tozan.train.metrics import Clock
 
 _FILE_CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
@@ -159,6 +159,7 @@ def wrap(injector: Injector) -> None:
     before(Clock, "mark", lambda _, phase: injector.reach(phase))
     for name in _FILE_CALLS:
         before(os, name, lambda *_: injector.reach("file"))
+    loop: Any = tozan.train.loop
     step = loop.train_step
 
     def train_step(run: Any, clock: Any) -> Any:

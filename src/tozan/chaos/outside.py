@@ -8,7 +8,9 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tozan.chaos.faults import MEMORY_LOST, Fault, Marks
 from tozan.recovery.agent import Agent
@@ -44,13 +46,22 @@ class Outsider(threading.Thread):
             time.sleep(fault.delay)
             self._act(fault)
 
+    def told(self, tell: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+        """A listener to the agent that passes on what it hears."""
+
+        def hear(event: dict[str, Any]) -> None:
+            self.recovered.set()
+            tell(event)
+
+        return hear
+
     def end(self) -> None:
         """The run is over: stop waiting."""
         self._over = True
         self.join(10)
 
     def _step(self) -> int:
-        return min(step for step, _ in self._agent.begun())
+        return min((last for last, _ in self._agent.node.begun().values()), default=0)
 
     def _act(self, fault: Fault) -> None:
         if fault.kind == "kill from outside":

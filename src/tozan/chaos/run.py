@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from tozan.chaos.report import Report
 from tozan.checkpoint import folders, manifest
 from tozan.config import load
 from tozan.errors import Problem, UserError
-from tozan.recovery.agent import Agent, Policy
+from tozan.recovery.agent import Agent
+from tozan.recovery.elastic import fitting
+from tozan.recovery.supervise import policy
 
-STEPS_PER_FAULT = 40
-"""One step lost per fault is then 2.4% of all."""
+STEPS_PER_FAULT = 50
+"""One step lost per fault is then 2% of all."""
 CONFIG = """version = 1
 [run]
 folder = "{folder}"
@@ -128,15 +131,15 @@ def train(
     """One training under an agent, with the faults of a plan."""
     path = write_config(out, name, steps)
     config = load(path, flags).config
-    policy = Policy(config.recovery.copies, config.recovery.restarts, config.recovery.stopped)
     events: list[dict[str, Any]] = []
     environment = {}
     if marks:
         environment["TOZAN_CHAOS"] = json.dumps({"script": str(out / "script.json"), "marks": marks.descriptor})
     agent = Agent(
         ["train", str(path), *flags],
+        partial(fitting, path, flags),
         config.layout.processes,
-        policy,
+        policy(config),
         events.append,
         environment,
         (marks.descriptor,) if marks else (),
@@ -146,7 +149,7 @@ def train(
     if marks:
         outside = [fault for fault in plan if fault.point == "outside"]
         outsider = Outsider(agent, outside, marks, out / name, out / "data")
-        agent.on_event = lambda event: (events.append(event), outsider.recovered.set())
+        agent.on_event = outsider.told(events.append)
         outsider.start()
     began = time.monotonic_ns()
     try:

@@ -188,6 +188,10 @@ class Recovery(Table):
 
     copies: bool = True
     """Keep a copy of every process's state in memory, made after each step: a lost process costs one step at most."""
+    neighbour: CountOrNone = 8
+    """Steps between copies on another node, sent beside the training: what a lost node costs at most. 0: none."""
+    wait: Annotated[float, Field(gt=0.0, le=86_400.0)] = 60.0
+    """Seconds that agents wait for one another before the run begins with those that have come."""
     restarts: Count = 10
     """Restarts in a row without a new step, after which the agent gives up."""
     stopped: Annotated[float, Field(gt=0.0, le=86_400.0)] = 10.0

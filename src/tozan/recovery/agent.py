@@ -4,11 +4,14 @@ A generation is a set of ranks that joined one another once. When one of them is
 group that has lost a member is dead), so all are ended and forked anew from a process that has everything imported;
 they continue from the newest step of which every rank has a copy in memory, else from the newest good checkpoint. The
 store through which they meet belongs to no generation.
+
+With several nodes, the first one's agent leads (see `remote`). A node that is gone takes its ranks with it: what its
+neighbour has of them is written to a checkpoint together with the rest, by a generation that does nothing else, and
+the run goes on in the nearest layout for the ranks that are left (see `elastic`), until the node comes back.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -19,11 +22,12 @@ from types import FrameType
 from typing import Any
 
 from tozan.errors import EXIT_AGAIN
-from tozan.recovery import slots
+from tozan.recovery.crew import Crew, Member
+from tozan.recovery.elastic import Shape
 from tozan.recovery.node import Event, Node
-from tozan.recovery.slots import Slots
 
 _USER_ERROR, _INTERRUPTED = 2, 130
+_LEFT = {0, EXIT_AGAIN, _INTERRUPTED}
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,14 @@ class Policy:
 
     Attributes:
         copies: keep copies of the state in memory.
+        neighbour: steps between copies on the neighbouring node; 0: none.
         restarts: restarts in a row without a new step, after which the agent gives up.
         stopped: seconds that a rank may stand stopped (SIGSTOP) before it counts as lost.
         leave: seconds that ranks have for leaving once the first has left.
     """
 
     copies: bool = True
+    neighbour: int = 0
     restarts: int = 10
     stopped: float = 10.0
     leave: float = 120.0
@@ -49,7 +55,8 @@ class Generation:
 
     Attributes:
         number: counted from 1.
-        started: seconds of the monotonic clock.
+        places: the node of every rank.
+        resume: the step whose copies they continue from; None: the newest checkpoint.
         ended: exit status by rank.
         stopped: since when ranks stand stopped.
         lost: the events that ended it.
@@ -57,7 +64,8 @@ class Generation:
     """
 
     number: int
-    started: float
+    places: dict[int, Member]
+    resume: int | None
     ended: dict[int, int] = field(default_factory=dict)
     stopped: dict[int, float] = field(default_factory=dict)
     lost: list[Event] = field(default_factory=list)
@@ -65,11 +73,12 @@ class Generation:
 
 
 class Agent:
-    """Runs `tozan WORDS` on as many ranks as asked for, until it is done or cannot be done.
+    """Runs `tozan WORDS` on as many ranks as a layout has, until it is done or cannot be done.
 
     Args:
         words: what every rank runs, as in `["train", "run.toml"]`.
-        ranks: their number.
+        shape: gives the layout for a number of ranks that can be had; None if there is none.
+        ranks: the most that a node holds.
         policy: how losses are met.
         on_event: is told what happens, as `{"event": ..., "generation": ..., ...}`.
         environment: further variables of every rank.
@@ -78,6 +87,7 @@ class Agent:
 
     Attributes:
         node: this machine's ranks.
+        crew: all nodes.
         reached: the newest step that any rank has begun.
         on_event: see above.
     """
@@ -85,6 +95,7 @@ class Agent:
     def __init__(
         self,
         words: Sequence[str],
+        shape: Callable[[int], Shape | None],
         ranks: int,
         policy: Policy,
         on_event: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -92,12 +103,15 @@ class Agent:
         inherit: tuple[int, ...] = (),
         output: Path | None = None,
     ) -> None:
-        self.words, self.ranks, self.policy = list(words), ranks, policy
-        self.node = Node(ranks, inherit, output)
+        self.words, self.policy, self._shape_for = list(words), policy, shape
+        self.node = Node(inherit, output)
+        self.crew = Crew(self.node, ranks)
         self.reached = 0
         self.on_event, self._environment = on_event, dict(environment or {})
         self._asked: signal.Signals | None = None
-        self._fruitless, self._counted, self._lost_at, self._forget = 0, -1, 0.0, False
+        self._shape: Shape | None = None
+        self._fruitless, self._counted, self._blamed, self._limit = 0, -1, set[int](), sys.maxsize
+        self._lost_at, self._forget, self._growing = 0.0, False, False
 
     def run(self) -> int:
         """Run to the end.
@@ -108,18 +122,17 @@ class Agent:
         number, status = 0, None
         while status is None:
             number += 1
-            status = self._judge(self._generation(number))
+            number += self._arrange(number)
+            if self._shape is None:
+                print("tozan: no layout fits the ranks that are left", file=sys.stderr)
+                return 1
+            status = self._judge(self._generation(number, self._shape))
         return status
 
     def ask_to_stop(self, number: int, _frame: FrameType | None = None) -> None:
         """Pass a signal on to every rank; they agree on a step, save, and leave. Fit to be a signal handler."""
         self._asked = signal.Signals(number)
-        for rank in list(self.node.processes):
-            self.node.signal(rank, self._asked)
-
-    def begun(self) -> list[tuple[int, int]]:
-        """The step that each rank has begun last, and when, in ns of the monotonic clock."""
-        return [slots.begun(descriptor) for descriptor in self.node.memory]
+        self.crew.signal(self._asked)
 
     def forget_copies(self) -> None:
         """Let the next generation find no copy in memory, as if the node had been lost; for tests of that."""
@@ -127,165 +140,139 @@ class Agent:
 
     def close(self) -> None:
         """End what still runs."""
-        self.node.close()
+        self.crew.close()
 
-    def _generation(self, number: int) -> Generation:
-        """Start all ranks and watch them until none is left."""
-        resume = self._newest_copy()
-        port = self.node.store("127.0.0.1")
-        generation = Generation(number, time.monotonic())
-        for rank in range(self.ranks):
-            self.node.start(rank, self.words, self._variables(rank, port, number, resume))
+    def _arrange(self, number: int) -> int:
+        """Choose the layout for the nodes that are here; returns how many generations it took to rescue the state."""
+        self._growing = False
+        old, new = self._shape, self._fitting()
+        self._shape = new
+        if old is None or new == old:
+            return 0
+        self._tell("layout", number, ranks=new.ranks if new else 0, flags=list(new.flags) if new else [])
+        rescues = 0
+        if new is not None and new.ranks < old.ranks and self.crew.newest(old.ranks) is not None:
+            saved = self._generation(number, old, leave=True)
+            self._tell("rescued", number, step=saved.resume, whole=not saved.lost)
+            rescues = 1
+        self.crew.keep(None)
+        return rescues
+
+    def _generation(self, number: int, shape: Shape, leave: bool = False) -> Generation:
+        """Start all ranks and watch them until none is left; with `leave` they only write a checkpoint."""
+        newest = self.crew.newest(shape.ranks) if self.policy.copies and not self._forget else None
+        self._forget = False
+        self.crew.keep(newest)
+        generation = Generation(number, self.crew.places(shape.ranks, newest), newest)
+        told = {"generation": number, "resume": newest, "copies": self.policy.copies, "leave": leave}
+        told["neighbour"] = self.policy.neighbour if self.crew.link() else 0
+        for rank, member in generation.places.items():
+            variables = self._environment | self.crew.variables(rank, generation.places)
+            member.start(rank, [*self.words, *shape.flags], variables, told)
         if self._asked is not None:
             self.ask_to_stop(self._asked)
+        self._watch(generation)
+        return generation
+
+    def _watch(self, generation: Generation) -> None:
         give_up = float("inf")
-        while len(generation.ended) < self.ranks:
-            for event in self.node.poll(0.02 if not generation.begun else 0.2):
+        while len(generation.ended) < len(generation.places):
+            for event in self.crew.poll(0.2 if generation.begun else 0.02):
                 self._note(generation, event)
-            if any(event.kind == "server" for event in generation.lost):
-                break
             now = time.monotonic()
             if not generation.begun:
-                self._look_for_steps(generation, resume)
+                self._look_for_steps(generation)
+            elif self.crew.arrivals() and not self._growing and self._fitting() != self._shape:
+                self._growing = True  # everyone saves and leaves, to begin anew with the node that has come
+                self.crew.signal(signal.SIGTERM)
             if generation.ended and give_up == float("inf"):
                 give_up = now + self.policy.leave
             late = now > give_up or any(now - since > self.policy.stopped for since in generation.stopped.values())
             if generation.lost or late:
                 self._end_all(generation)
                 give_up = now + self.policy.leave
-        self.reached = max(self.reached, max((step for step, _ in self.begun()), default=0))
-        return generation
+            if generation.begun:
+                self._count(generation)
+        self._count(generation)
+
+    def _count(self, generation: Generation) -> None:
+        self.reached = max(self.reached, *(last for last, _ in self.crew.begun(generation.places).values()))
+
+    def _fitting(self) -> Shape | None:
+        return self._shape_for(min(self.crew.ranks, self._limit))
 
     def _note(self, generation: Generation, event: Event) -> None:
         if event.kind == "stopped":
             generation.stopped[event.rank] = time.monotonic()
         elif event.kind == "continued":
             generation.stopped.pop(event.rank, None)
-        elif event.rank < 0:
-            generation.lost.append(event)
-        else:
+        elif event.kind == "ended" and event.rank >= 0:
             generation.ended[event.rank] = event.status
             generation.stopped.pop(event.rank, None)
-            if event.status not in (0, EXIT_AGAIN, _INTERRUPTED):
+            if event.status not in _LEFT:
                 generation.lost.append(event)
+        else:  # all ranks of a node that is gone, or whose fork server is, are gone as well
+            generation.lost.append(event)
+            for rank, member in generation.places.items():
+                if self.crew.dead(member):
+                    generation.ended.setdefault(rank, -signal.SIGKILL)
 
     def _end_all(self, generation: Generation) -> None:
-        if not self._lost_at:
-            self._lost_at = time.monotonic()
+        self._lost_at = self._lost_at or time.monotonic()
         generation.lost += [Event("stopped", rank) for rank in generation.stopped]
         generation.stopped.clear()
-        for rank in list(self.node.processes):
-            if rank >= 0:
-                self.node.signal(rank, signal.SIGKILL)
+        self.crew.signal(signal.SIGKILL)
 
     def _judge(self, generation: Generation) -> int | None:
         """What follows from how a generation ended: an exit status, or None for another generation."""
         statuses = set(generation.ended.values())
-        if not generation.lost and statuses == {0}:
-            return 0
-        if not generation.lost and statuses <= {EXIT_AGAIN, _INTERRUPTED} and self._asked is not None:
-            return _INTERRUPTED if self._asked == signal.SIGINT else EXIT_AGAIN
         first = generation.lost[0] if generation.lost else None
-        what = str(first) if first else "asked to stop, but not by the agent"
+        if first is None and statuses == {0}:
+            return 0
+        if first is None and statuses <= {EXIT_AGAIN, _INTERRUPTED} and self._asked is not None:
+            return _INTERRUPTED if self._asked == signal.SIGINT else EXIT_AGAIN
         self._lost_at = self._lost_at or time.monotonic()
+        what = str(first) if first else "a node has come" if self._growing else "asked to stop, but not by the agent"
         self._tell("lost", generation.number, what=what, step=self.reached, started=generation.begun)
         if generation.number == 1 and not generation.begun and first is not None and first.status == _USER_ERROR:
             return _USER_ERROR  # a mistake in the config does not go away
-        self._fruitless = 1 if generation.begun and self._new_steps() else self._fruitless + 1
-        if self._fruitless > self.policy.restarts:
+        before, self._counted = self._counted, self.reached
+        if generation.begun and self.reached > before:
+            self._fruitless, self._blamed = 0, set()
+        self._fruitless += 1
+        self._blamed.add(first.rank if first and first.status < 0 else -1)
+        if self._fruitless > self.policy.restarts and not self._give_up_rank():
             print(f"tozan: gave up after {self.policy.restarts} restarts without a new step", file=sys.stderr)
-            return (first.status if first and first.status > 0 else None) or 1
-        if first is not None and first.kind == "server":
-            self.node.revive()
+            return (first.status if first and first.kind == "ended" and first.status > 0 else None) or 1
+        self.crew.revive()
         return None
 
-    def _new_steps(self) -> bool:
-        before, self._counted = self._counted, self.reached
-        return self.reached > before
+    def _give_up_rank(self) -> bool:
+        """If always the same rank was killed, go on with fewer; whether that is possible."""
+        smaller = self._shape_for(self._shape.ranks - 1) if self._shape and self._shape.ranks > 1 else None
+        if smaller is None or len(self._blamed) != 1 or -1 in self._blamed:
+            return False
+        self._limit, self._fruitless = smaller.ranks, 0
+        return True
 
-    def _newest_copy(self) -> int | None:
-        """The newest step of which every rank has a good copy; newer ones are dropped."""
-        if not self.policy.copies:
-            return None
-        memories = [Slots(descriptor) for descriptor in self.node.memory]
-        common = set.intersection(*(set(memory.steps()) for memory in memories))
-        if self._forget:
-            common, self._forget = set(), False
-        newest = max(common, default=None)
-        for memory in memories:
-            memory.forget(after=-1 if newest is None else newest)
-            memory.close()
-        return newest
-
-    def _look_for_steps(self, generation: Generation, resume: int | None) -> None:
+    def _look_for_steps(self, generation: Generation) -> None:
         """See whether every rank has begun its first step, and if so from where it continues."""
-        begun = self.begun()
-        if any(when / 1e9 < generation.started for _, when in begun):
+        begun = self.crew.begun(generation.places).values()
+        if not all(first for _, first in begun):
             return
         generation.begun = True
         if generation.number > 1:
-            continues = max(step for step, _ in begun) - 1
+            continues = min(first for _, first in begun) - 1
             self._tell(
                 "resumed",
                 generation.number,
                 step=continues,
-                source="memory" if resume is not None else "checkpoint",
+                source="memory" if generation.resume is not None else "checkpoint",
                 lost=max(0, self.reached - continues),
-                seconds=min(when for _, when in begun) / 1e9 - self._lost_at,
+                seconds=time.monotonic() - self._lost_at,
             )
             self.reached = continues
         self._lost_at = 0.0
 
-    def _variables(self, rank: int, port: int, number: int, resume: int | None) -> dict[str, str]:
-        told = {"generation": number, "memory": self.node.memory[rank], "resume": resume, "copies": self.policy.copies}
-        return self._environment | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self.ranks),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(self.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TOZAN_AGENT": json.dumps(told),
-        }
-
     def _tell(self, event: str, generation: int, **values: Any) -> None:
         self.on_event({"event": event, "generation": generation, "at": time.monotonic_ns(), **values})
-
-
-def say(event: dict[str, Any]) -> None:
-    """Print an event as a line for people."""
-    if event["event"] == "lost":
-        text = f"{event['what']} in step {event['step']}"
-    elif event["event"] == "resumed":
-        text = (
-            f"generation {event['generation']} continues after step {event['step']} from {event['source']}, "
-            f"{event['lost']} steps lost, {event['seconds']:.1f} s"
-        )
-    else:
-        text = json.dumps(event)
-    print(f"tozan: {text}", file=sys.stderr, flush=True)
-
-
-def supervise(words: Sequence[str], ranks: int, policy: Policy, log: Path) -> int:
-    """Run an agent in the main thread until the end, with its signals and its log file.
-
-    Args:
-        words: what every rank runs.
-        ranks: their number.
-        policy: how losses are met.
-        log: file that events are appended to, as JSON lines.
-    """
-
-    def note(event: dict[str, Any]) -> None:
-        say(event)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-
-    agent = Agent(words, ranks, policy, note)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, agent.ask_to_stop)
-    try:
-        return agent.run()
-    finally:
-        agent.close()

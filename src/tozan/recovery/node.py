@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import json
 import os
@@ -11,12 +12,14 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tozan.recovery import slots
+from tozan.recovery.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,21 @@ class Event:
     """What became of a rank.
 
     Attributes:
-        kind: `ended`, `stopped` (SIGSTOP and the like) or `continued`; `server` when the fork server itself is gone.
-        rank: number among the ranks of this node; -1 for the store and the fork server.
-        status: exit status, or minus the signal that ended it.
+        kind: `ended`, `stopped` (SIGSTOP and the like) or `continued`; `server` when a fork server is gone, `node`
+            when a whole node is.
+        rank: the rank; -1 for the store, a fork server or a node.
+        status: exit status, or minus the signal that ended it; the node's number when that is gone.
     """
 
-    kind: Literal["ended", "stopped", "continued", "server"]
+    kind: Literal["ended", "stopped", "continued", "server", "node"]
     rank: int = -1
     status: int = 0
 
     def __str__(self) -> str:
         if self.kind == "server":
             return "the fork server ended"
+        if self.kind == "node":
+            return f"node {self.status} is gone"
         who = "the store" if self.rank < 0 else f"rank {self.rank}"
         if self.kind != "ended":
             return f"{who} was {self.kind}"
@@ -43,31 +49,70 @@ class Event:
         return f"{who} ended {how}"
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a node keeps for a rank, as file descriptors of `slots`.
+
+    Attributes:
+        own: the copies of its last two steps.
+        outbox: every so many steps, a copy that stays in place until it has been sent to the neighbour.
+        guest: the neighbour's copies of this rank, if this node is the neighbour.
+    """
+
+    own: int
+    outbox: int
+    guest: int
+
+    def holding(self, step: int) -> int | None:
+        """The one that has a good copy of a step."""
+        return next((fd for fd in (self.own, self.outbox, self.guest) if step in slots.steps_of(fd)), None)
+
+    def steps(self) -> set[int]:
+        """All steps of which there is a good copy."""
+        return {step for fd in (self.own, self.outbox, self.guest) for step in slots.steps_of(fd)}
+
+
 class Node:
     """Starts and watches the ranks of this machine.
 
     Args:
-        ranks: the most that will run here at once.
         inherit: further file descriptors that ranks inherit.
         output: file for what ranks print; None: where this process prints.
 
     Attributes:
-        memory: a file descriptor per rank, see `slots`.
-        processes: process id of every running rank.
+        memories: what is kept, by rank.
+        processes: process id of every running rank; -1 is the store's.
     """
 
-    def __init__(self, ranks: int, inherit: tuple[int, ...] = (), output: Path | None = None) -> None:
-        self.memory = [slots.create(f"tozan rank {rank}") for rank in range(ranks)]
+    def __init__(self, inherit: tuple[int, ...] = (), output: Path | None = None) -> None:
+        self.memories: dict[int, Memory] = {}
         self.processes: dict[int, int] = {}
         self._inherit, self._output = inherit, output
         self._events: deque[Event] = deque()
-        self._pending = b""
         self._port = 0
         self._start_server()
 
-    def start(self, rank: int, words: list[str], environment: dict[str, str]) -> None:
-        """Start `tozan WORDS` as this node's rank number `rank`."""
-        self._say(start=str(rank), words=words, environment=environment)
+    def memory(self, rank: int) -> Memory:
+        """The memory of a rank; made when it is first asked for."""
+        if rank not in self.memories:
+            kinds = ("own", "outbox", "guest")
+            self.memories[rank] = Memory(*(slots.create(f"tozan rank {rank}, {kind}") for kind in kinds))
+        return self.memories[rank]
+
+    def start(self, rank: int, words: list[str], environment: dict[str, str], told: dict[str, Any]) -> None:
+        """Start `tozan WORDS` as a rank.
+
+        Args:
+            rank: its number in the run.
+            words: what it runs.
+            environment: its variables.
+            told: what it hears from the agent; where its memory is, is added here.
+        """
+        memory, resume = self.memory(rank), told["resume"]
+        source = memory.holding(resume) if resume is not None else None
+        slots.clear_begun(memory.own)
+        descriptors = [memory.own, memory.outbox, memory.own if source is None else source]
+        self._say(descriptors, start=str(rank), words=words, environment=environment, told=told)
         self._wait(lambda: rank in self.processes)
 
     def signal(self, rank: int, number: signal.Signals) -> None:
@@ -81,19 +126,42 @@ class Node:
             self._wait(lambda: self._port != 0)
         return self._port
 
-    def poll(self, seconds: float) -> list[Event]:
-        """What has happened; waits for at most `seconds` for something to happen."""
-        if not self._events:
-            self._read(seconds)
+    def steps(self) -> dict[int, set[int]]:
+        """Steps of which there is a good copy here, by rank."""
+        return {rank: memory.steps() for rank, memory in self.memories.items()}
+
+    def begun(self) -> dict[int, tuple[int, int]]:
+        """The steps that each rank here has begun, (last, first); zeros before its first."""
+        return {rank: slots.begun(memory.own) for rank, memory in list(self.memories.items())}
+
+    def keep(self, newest: int | None) -> None:
+        """Drop the copies of steps beyond `newest` (None: all)."""
+        for memory in self.memories.values():
+            for descriptor in (memory.own, memory.outbox, memory.guest):
+                held = Slots(descriptor)
+                held.forget(after=-1 if newest is None else newest)
+                held.close()
+
+    def fileno(self) -> int:
+        """What becomes readable when something has happened."""
+        return self._socket.fileno()
+
+    def events(self) -> list[Event]:
+        """What has happened since the last call; does not wait."""
+        while self._readable(0.0):
+            self._read()
         happened = list(self._events)
         self._events.clear()
         return happened
 
     def revive(self) -> None:
-        """Start the fork server again after it has ended."""
-        self._server.wait()
+        """Start the fork server again if it has ended."""
+        if self._server.poll() is None and self._readable(0.0) and not self._socket.recv(1, socket.MSG_PEEK):
+            self._server.wait()
+        if self._server.poll() is None:
+            return
         self._socket.close()
-        self.processes, self._port, self._pending = {}, 0, b""
+        self.processes, self._port = {}, 0
         self._events.clear()
         self._start_server()
 
@@ -105,11 +173,14 @@ class Node:
         except subprocess.TimeoutExpired:
             self._server.kill()
             self._server.wait()
-        for descriptor in self.memory:
-            os.close(descriptor)
+        for memory in self.memories.values():
+            for descriptor in (memory.own, memory.outbox, memory.guest):
+                os.close(descriptor)
+        self.memories = {}
 
     def _start_server(self) -> None:
-        self._socket, theirs = socket.socketpair()
+        # Whole messages, so that descriptors come with the command that they belong to.
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, self._output.open("ab") if self._output else nullcontext() as output:
             # Its own session, so that Ctrl-C reaches the agent alone; one thread, so that forking it is safe.
             self._server = subprocess.Popen(
@@ -117,23 +188,26 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(theirs.fileno(), *self.memory, *self._inherit),
+                pass_fds=(theirs.fileno(), *self._inherit),
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,
             )
         self._ready = False
         self._wait(lambda: self._ready)
 
-    def _wait(self, done: Any) -> None:
+    def _wait(self, done: Callable[[], bool]) -> None:
         """Read until something has come about; gives up if the fork server ends."""
         while not done() and not any(event.kind == "server" for event in self._events):
-            self._read(None)
+            self._read()
 
-    def _read(self, seconds: float | None) -> None:
+    def _readable(self, seconds: float) -> bool:
+        if any(event.kind == "server" for event in self._events):
+            return False
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_READ)
-            if not selector.select(seconds):
-                return
+            return bool(selector.select(seconds))
+
+    def _read(self) -> None:
         try:
             received = self._socket.recv(1 << 16)
         except ConnectionError:
@@ -141,11 +215,7 @@ class Node:
         if not received:
             self._events.append(Event("server"))
             return
-        *lines, self._pending = (self._pending + received).split(b"\n")
-        for line in lines:
-            self._hear(json.loads(line))
-
-    def _hear(self, said: dict[str, Any]) -> None:
+        said = json.loads(received)
         if "ready" in said:
             self._ready = True
         elif "started" in said:
@@ -155,12 +225,14 @@ class Node:
         else:
             kind: Any
             kind, key = next(iter(said.items()))
-            rank = -1 if key == "store" else int(key)
+            rank = int(key)
             if kind == "ended":
                 self.processes.pop(rank, None)
                 self._port = 0 if rank < 0 else self._port
             self._events.append(Event(kind, rank, os.waitstatus_to_exitcode(said.get("status", 0))))
 
-    def _say(self, **words: Any) -> None:
+    def _say(self, descriptors: list[int] | None = None, **words: Any) -> None:
+        message = json.dumps(words).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         with contextlib.suppress(ConnectionError):  # read as the end of the server, later
-            self._socket.sendall(json.dumps(words).encode() + b"\n")
+            self._socket.sendmsg([message], rights)

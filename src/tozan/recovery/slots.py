@@ -5,7 +5,7 @@ and it is gone with the agent. A rank that dies while it writes one slot leaves 
 
 | bytes | what |
 |---|---|
-| 0–15 | the step that the rank has begun, and when, in ns of the monotonic clock (two little-endian u64) |
+| 0–15 | the step that the rank has begun last, and the first it has begun in this process (two little-endian u64) |
 | 64, 128 | a record per slot: magic, step, bytes of head and body, checksum of the body, CRC-32 of head and record |
 | 4096… | slot 0, then slot 1: head (JSON) up to `HEAD` bytes, then the body (raw bytes) |
 
@@ -20,7 +20,6 @@ import json
 import mmap
 import os
 import struct
-import time
 import zlib
 from typing import Any
 
@@ -48,9 +47,22 @@ def checksum(body: memoryview) -> int:
 
 
 def begun(descriptor: int) -> tuple[int, int]:
-    """The step last begun and when (ns of the monotonic clock); zeros before the first."""
-    step, when = struct.unpack("<QQ", os.pread(descriptor, 16, 0))
-    return step, when
+    """(the step begun last, the first that was begun since `clear_begun`); zeros before the first."""
+    last, first = struct.unpack("<QQ", os.pread(descriptor, 16, 0))
+    return last, first
+
+
+def clear_begun(descriptor: int) -> None:
+    """Note that no step was begun yet."""
+    os.pwrite(descriptor, bytes(16), 0)
+
+
+def steps_of(descriptor: int) -> list[int]:
+    """Steps of complete and undamaged copies in a file, ascending."""
+    held = Slots(descriptor)
+    found = held.steps()
+    held.close()
+    return found
 
 
 class Slots:
@@ -66,11 +78,20 @@ class Slots:
 
     def begin(self, step: int) -> None:
         """Note that `step` was begun."""
-        struct.pack_into("<QQ", self._map, 0, step, time.monotonic_ns())
+        first = struct.unpack_from("<QQ", self._map, 0)[1]
+        struct.pack_into("<QQ", self._map, 0, step, first or step)
 
     def steps(self) -> list[int]:
         """Steps of complete and undamaged copies, ascending. Reads them through."""
         return sorted(step for slot in (0, 1) if (step := self._valid(slot)) is not None)
+
+    def newest(self) -> int | None:
+        """The newest step with a whole record, whose body is not looked at."""
+        return max((record[1] for slot in (0, 1) if (record := self._record(slot))), default=None)
+
+    def check(self, step: int) -> int:
+        """The checksum that the record of a step states."""
+        return next((record[4] for slot in (0, 1) if (record := self._record(slot)) and record[1] == step), 0)
 
     def body(self, length: int) -> memoryview:
         """The body of the slot to write next, of `length` bytes; its record is cleared, and `commit` sets it.

@@ -24,11 +24,19 @@ class Copies:
     """What this rank does with its memory; without an agent, nothing.
 
     Args:
-        told: what the agent says in TOZAN_AGENT: the memory's file descriptor, and which step to resume.
+        told: what the agent says in TOZAN_AGENT: file descriptors of the memory to write to, of the outbox for the
+            neighbour and of the memory to resume from; which step to resume; how often to fill the outbox.
+
+    Attributes:
+        leave: whether this generation is there only to write a checkpoint of what is in memory.
     """
 
     def __init__(self, told: dict[str, Any] | None = None) -> None:
         self._slots = Slots(told["memory"]) if told else None
+        self._outbox = Slots(told["outbox"]) if told and told["neighbour"] else None
+        self._source = Slots(told["source"]) if told else None
+        self._neighbour = told["neighbour"] if told else 0
+        self.leave = bool(told and told["leave"])
         self._keeps = bool(told and told["copies"])
         self._resume: int | None = told["resume"] if told else None
         self._kept: int | None = None
@@ -42,7 +50,7 @@ class Copies:
 
     def peak_flops(self) -> float | None:
         """The peak that was measured before, where there is a copy to resume from."""
-        found = self._slots.read(self._resume) if self._slots and self._resume is not None else None
+        found = self._source.read(self._resume) if self._source and self._resume is not None else None
         return float(found[0]["peak_flops"]) if found else None
 
     def begin(self, step: int) -> None:
@@ -59,15 +67,20 @@ class Copies:
         if not self._slots or not self._keeps or self._kept == run.step:
             return
         run.checks.confirm(run.step)
+        self._write(run, self._slots)
+        self._kept = run.step
+        if self._outbox and run.step % self._neighbour == 0:
+            self._write(run, self._outbox)
+
+    def _write(self, run: Run, slots: Slots) -> None:
         bodies = [body for _, body in self._tensors(run)]
         length = sum(body.numel() for body in bodies)
         padded = -(-length // 8) * 8
-        target = torch.frombuffer(self._slots.body(padded), dtype=torch.uint8)
+        target = torch.frombuffer(slots.body(padded), dtype=torch.uint8)
         torch.cat(bodies, out=target[:length])
         target[length:] = 0
         head = {"of": self._signature(run), "meta": run.meta(), "peak_flops": run.peak_flops}
-        self._slots.commit(run.step, head, padded, int(target.view(torch.int64).sum()))
-        self._kept = run.step
+        slots.commit(run.step, head, padded, int(target.view(torch.int64).sum()))
 
     def resume(self, run: Run) -> bool:
         """Continue from the copy that the agent has chosen; False if it has chosen none.
@@ -77,20 +90,20 @@ class Copies:
         """
         if self._resume is None:
             return False
-        self._restore(run, self._resume)
-        return True
+        assert self._source
+        self._restore(run, self._source, self._resume)
+        return True  # not counted as kept: every rank keeps a copy of its own at once, wherever it resumed from
 
     def roll_back(self, run: Run) -> bool:
         """Go back to the newest copy, which undoes whatever has happened to the state since; False if there is none."""
-        if self._kept is None:
+        if self._kept is None or self._slots is None:
             return False
-        self._restore(run, self._kept)
+        self._restore(run, self._slots, self._kept)
         return True
 
     @torch.no_grad()
-    def _restore(self, run: Run, step: int) -> None:
-        assert self._slots
-        found = self._slots.read(step)
+    def _restore(self, run: Run, slots: Slots, step: int) -> None:
+        found = slots.read(step)
         if found is None or found[0]["of"] != self._signature(run):
             raise RuntimeError(f"the copy of step {step} in memory is damaged, or of another layout")
         head, body = found
@@ -102,7 +115,6 @@ class Copies:
             at += live.numel()
         run.split.sync.publish()
         run.take(step, head["meta"])
-        self._kept = step
 
     def _tensors(self, run: Run) -> list[tuple[str, Tensor]]:
         """Everything that a copy holds, as flat views of bytes."""

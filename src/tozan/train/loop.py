@@ -67,6 +67,8 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
             if run.step == 0 and config.eval.every:
                 score = evaluate(run, metrics)
             run.copies.keep(run)
+            if run.copies.leave:
+                stop.received = signal.SIGTERM
             bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize, run.split.mesh.ledger)
             while run.step < config.train.steps and not stop.agreed():
                 profiler.begin(run.step + 1)

@@ -1,0 +1,79 @@
+"""`tozan agent`: an agent with its signals, its log, and its place among the nodes of a job."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tozan.config import load
+from tozan.recovery.agent import Agent, Policy
+from tozan.recovery.elastic import fitting
+from tozan.recovery.remote import Follower
+
+
+def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leader: tuple[str, int]) -> int:
+    """Run a config to the end with this node's agent.
+
+    Args:
+        config: the TOML file.
+        flags: that replace its values.
+        nodes: of the job; each has its agent.
+        number: of this node; 0 leads.
+        leader: address and port of the leading agent.
+
+    Returns:
+        The exit status.
+    """
+    found = load(config, flags).config
+    if number:
+        follower = Follower(leader)
+        try:
+            return follower.run(found.recovery.wait)
+        finally:
+            follower.close()
+    log = Path(found.run.folder) / "recovery.jsonl"
+    agent = Agent(
+        ["train", str(config.resolve()), *flags],
+        partial(fitting, config, flags),
+        -(-found.layout.processes // nodes),
+        policy(found),
+        partial(note, log),
+    )
+    for warning in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(warning, agent.ask_to_stop)
+    try:
+        if nodes > 1:
+            agent.crew.listen(*leader, nodes, found.recovery.wait)
+        return agent.run()
+    finally:
+        agent.close()
+
+
+def policy(config: Any) -> Policy:
+    """What `[recovery]` asks for."""
+    table = config.recovery
+    return Policy(table.copies, table.neighbour, table.restarts, table.stopped)
+
+
+def note(log: Path, event: dict[str, Any]) -> None:
+    """Print an event as a line for people, and append it to the log as JSON."""
+    if event["event"] == "lost":
+        text = f"{event['what']}, in step {event['step']}"
+    elif event["event"] == "resumed":
+        text = (
+            f"generation {event['generation']} continues after step {event['step']} from {event['source']}, "
+            f"{event['lost']} steps lost, {event['seconds']:.1f} s"
+        )
+    elif event["event"] == "layout":
+        text = f"goes on with {event['ranks']} ranks {' '.join(event['flags'])}"
+    else:
+        text = f"step {event['step']} rescued from memory: {'yes' if event['whole'] else 'no'}"
+    print(f"tozan: {text}", file=sys.stderr, flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
