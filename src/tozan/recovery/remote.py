@@ -23,7 +23,7 @@ from tozan.recovery.node import Event, Node
 
 BEAT = 0.1
 """Seconds between signs of life."""
-SILENCE = 3.0
+SILENCE = 5.0
 """Seconds of silence after which the other side is gone."""
 
 

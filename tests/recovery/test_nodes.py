@@ -1,0 +1,113 @@
+"""Two nodes as network namespaces, an agent on each: one is lost, the run goes on without it, and with it again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import hosts
+import pytest
+
+from tozan import checkpoint, data
+from tozan.chaos.run import CONFIG
+from tozan.recovery.elastic import fitting
+
+STEPS = 300
+PORT = 29_471
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with the data and the config of a small run."""
+    folder = tmp_path_factory.mktemp("nodes")
+    data.build(list(data.corpus.standard_library(limit=200_000))[:100], folder / "data", vocabulary=384, validation=0.1)
+    return folder
+
+
+def config(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.toml"
+    text = CONFIG.format(folder=folder / name, data=folder / "data", steps=STEPS)
+    path.write_text(text.replace("every = 10", "every = 0") + "wait = 120\nneighbour = 4\n")
+    return path
+
+
+def agents(path: Path, everyone, flags):
+    words = [sys.executable, "-m", "tozan", "agent", str(path), *flags]
+    return [start(host, words, number, everyone) for number, host in enumerate(everyone)]
+
+
+def start(host, words, number, everyone):
+    variables = {"RANK": number, "WORLD_SIZE": len(everyone), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return host.start(words, MASTER_ADDR=everyone[0].name, MASTER_PORT=PORT, **variables)
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    path = folder / "recovery.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def step(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines[:-1]), default=0)
+
+
+def wait_until(happened, seconds=200.0):
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end, f"nothing happened for {seconds:.0f} s"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.skipif(not hosts.available(), reason="needs root and iproute2")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", [["--layout.zero=2"]], ids=["zero2"])
+def test_a_lost_node_costs_a_few_steps_and_no_bit(run, layout):
+    hurt = run / "hurt"
+    with hosts.several(2) as everyone:
+        first, second = everyone
+        leading, following = agents(config(run, "hurt"), everyone, layout)
+        wait_until(lambda: step(hurt) >= 20)
+        second.unplug()  # nobody is told: connections are half open
+        wait_until(lambda: events(hurt, "rescued"))
+        rescued, lost = events(hurt, "rescued")[0], events(hurt, "lost")[0]
+        assert rescued["whole"]
+        assert 0 <= lost["step"] - rescued["step"] <= 8
+        wait_until(lambda: [e for e in events(hurt, "resumed") if e["generation"] > rescued["generation"]])
+        wait_until(lambda: step(hurt) >= rescued["step"] + 20)
+        second.plug()
+        output, errors = leading.communicate(timeout=400)
+        assert leading.returncode == 0, errors
+        assert following.wait(60) == 0
+        first_layout, second_layout = events(hurt, "layout")
+        assert (first_layout["ranks"], second_layout["ranks"]) == (1, 2), errors
+    calm = config(run, "calm")
+    from tozan.config import load
+    from tozan.train import train
+
+    train(load(calm, ["--layout.data=1", "--train.accumulate=4"]))
+    ends = [checkpoint.load(run / name / "checkpoints" / f"step-{STEPS:08d}") for name in ("calm", "hurt")]
+    assert checkpoint.state_hash(ends[0].tensors) == checkpoint.state_hash(ends[1].tensors)
+    assert ends[0].meta == ends[1].meta
+    steps = [
+        r["step"] for r in map(json.loads, (hurt / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"
+    ]
+    assert set(steps) == set(range(1, STEPS + 1))
+
+
+def test_the_nearest_layout_keeps_the_batch_and_gives_up_replicas_first(run):
+    path = config(run, "shapes")
+    wide = ["--layout.data=4", "--layout.tensor=2", "--model.heads=4"]
+    assert fitting(path, wide, 8).ranks == 8
+    assert fitting(path, wide, 8).flags == ()
+    three = fitting(path, wide, 7)  # three replicas do not divide four micro-batches
+    assert three.ranks == 4
+    assert "--layout.data=2" in three.flags
+    assert "--layout.tensor=2" in three.flags
+    assert "--train.accumulate=2" in three.flags
+    assert "--layout.tensor=1" in fitting(path, wide, 1).flags
+    assert fitting(path, wide, 0) is None
