@@ -69,7 +69,7 @@ def wait_until(happened, seconds=200.0):
 def test_a_lost_node_costs_a_few_steps_and_no_bit(run, layout):
     hurt = run / "hurt"
     with hosts.several(2) as everyone:
-        first, second = everyone
+        _, second = everyone
         leading, following = agents(config(run, "hurt"), everyone, layout)
         wait_until(lambda: step(hurt) >= 20)
         second.unplug()  # nobody is told: connections are half open
@@ -80,7 +80,7 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(run, layout):
         wait_until(lambda: [e for e in events(hurt, "resumed") if e["generation"] > rescued["generation"]])
         wait_until(lambda: step(hurt) >= rescued["step"] + 20)
         second.plug()
-        output, errors = leading.communicate(timeout=400)
+        _, errors = leading.communicate(timeout=400)
         assert leading.returncode == 0, errors
         assert following.wait(60) == 0
         first_layout, second_layout = events(hurt, "layout")
