@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tozan import __version__
-from tozan.cli_bench import bench
+from tozan.cli_bench import bench, doctor
 from tozan.cli_chaos import agent, chaos
 from tozan.cli_plan import plan
 from tozan.cli_words import FOLDER, examples
@@ -347,6 +347,7 @@ def report(run: Path, out: Path | None, ledger: bool) -> None:
 
 cli.add_command(plan)
 cli.add_command(bench)
+cli.add_command(doctor)
 cli.add_command(agent)
 cli.add_command(chaos)
 

@@ -52,6 +52,23 @@ def finish(result: Result, page: Sequence[object], out: Path | None) -> None:
         click.echo(f"wrote {out}")
 
 
+@click.command(epilog=examples("tozan doctor", "tozan doctor --json > machine.json", "srun -n 1 tozan doctor"))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@OUT
+def doctor(as_json: bool, out: Path | None) -> None:
+    """Examine this machine in a minute: what it is, what it does, what is wrong, what that costs, what mends it."""
+    from tozan.bench import doctor as examination
+    from tozan.bench.doctor_page import page
+
+    result = examination.run()
+    if as_json:
+        click.echo(result.json_text(), nl=False)
+        if out:
+            result.write(out)
+        return
+    finish(result, page(result), out)
+
+
 @click.group(epilog=examples("tozan bench gemm gpt2-124m", "tozan bench compare before.json after.json"))
 def bench() -> None:
     """Measure this machine."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from tozan.bench import measure
 from tozan.bench.ranks import group, spawn
 from tozan.bench.result import Result, Row
-from tozan.bench.show import foot, head, scaled, table
+from tozan.bench.show import binary, foot, head, scaled, table
 from tozan.comm import Axis, Mesh, collectives, launch
 from tozan.comm.place import find
 from tozan.errors import Problem, UserError
@@ -155,7 +155,7 @@ def _rows(found: Sequence[dict[str, Any]], over: str) -> list[Row]:
 def page(result: Result) -> list[object]:
     """What `tozan bench collectives` prints: bus bandwidth by operation and size."""
     sizes = sorted({row["bytes"] for row in result.rows if not row["latency"]})
-    headings = ("operation", "type", "ranks", "latency", *(_binary(size) for size in sizes))
+    headings = ("operation", "type", "ranks", "latency", *(binary(size) for size in sizes))
     lines: dict[tuple[str, str, str], dict[int, str]] = {}
     for row in result.rows:
         line = lines.setdefault((row["operation"], row["dtype"], str(row["ranks"])), {})
@@ -163,10 +163,3 @@ def page(result: Result) -> list[object]:
     body = [(*key, *(line.get(size, "—") for size in (0, *sizes))) for key, line in lines.items()]
     over = result.rows[0]["over"]
     return [head(result), f"bus bandwidth over {over}", table(headings, body, left=2), foot(result)]
-
-
-def _binary(size: int) -> str:
-    for bits, name in ((20, "MiB"), (10, "KiB")):
-        if size >= 1 << bits:
-            return f"{size / (1 << bits):.4g} {name}"
-    return f"{size} B"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tozan.bench import measure
+
+PRELOADED = ["torch", "torch.distributed", "tozan.bench.collectives", "tozan.bench.backends"]
+"""What every rank would otherwise import for itself."""
 
 Function = Callable[..., Any]
 """Called as `function(rank, ranks, folder, *arguments)`; at the top of a module, since processes look it up by name."""
@@ -34,7 +38,9 @@ def spawn(ranks: int, function: Function, *arguments: Any) -> Any:
     """
     with tempfile.TemporaryDirectory(prefix="tozan-bench-") as folder:
         given = (ranks, Path(folder), measure.cores(), function, arguments)
-        mp.spawn(_serve, given, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+        # A fork server imports PyTorch once for all ranks.
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        mp.start_processes(_serve, given, ranks, start_method="forkserver")  # type: ignore[attr-defined, no-untyped-call]
         return json.loads((Path(folder) / "answer.json").read_text(encoding="utf-8"))
 
 

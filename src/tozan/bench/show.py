@@ -20,10 +20,19 @@ WIDTH = 100
 
 def scaled(value: float, unit: str = "", digits: int = 3) -> str:
     """A value with a metric prefix: `scaled(1.8e11, "FLOP/s")` is `180 GFLOP/s`, `scaled(2e-5, "s")` is `20 µs`."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.{digits}g} {prefix}{unit}".replace("e+03", "000")
-    return f"{value * 1e6:.{digits}g} µ{unit}" if value else f"0 {unit}"
+    powers = ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"), (-6, "µ"), (-9, "n"))
+    for power, prefix in powers:
+        if abs(value) >= 0.9995 * 10.0**power:
+            return f"{value / 10.0**power:.{digits}g} {prefix}{unit}"
+    return f"{value:.{digits}g} {unit}"
+
+
+def binary(size: int) -> str:
+    """Bytes in powers of 1,024: `64 KiB`, `1.5 GiB`."""
+    for bits, name in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 1 << bits:
+            return f"{size / (1 << bits):.4g} {name}"
+    return f"{size} B"
 
 
 def percent(share: float) -> str:
