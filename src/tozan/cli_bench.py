@@ -225,6 +225,7 @@ def bench_io(shard_megabytes: int, out: Path | None, **options: Any) -> None:
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Compute type.")
 @click.option("--steps", type=click.IntRange(2), default=5, show_default=True, help="Of each job; the first warms up.")
 @click.option("--data", type=FOLDER, help="A data set; without it, one is made from the standard library.")
+@click.option("--machine", help="A machine, or a file of bench calibrate: also print what the planner predicts.")
 @click.option("--launcher", help="Command that starts {ranks} processes, such as 'srun -n {ranks}'; default: torchrun.")
 @OUT
 def bench_scaling(
@@ -232,6 +233,7 @@ def bench_scaling(
     setup: str | None,
     steps: int,
     data: Path | None,
+    machine: str | None,
     launcher: str | None,
     out: Path | None,
     **changes: Any,
@@ -245,5 +247,5 @@ def bench_scaling(
 
     chosen = scaling.setup(setup, {name: value for name, value in changes.items() if value is not None})
     start = tuple(shlex.split(launcher)) if launcher else None
-    result = scaling.run(chosen, scaling.Jobs(steps=steps, flags=flags, data=data, launcher=start))
+    result = scaling.run(chosen, scaling.Jobs(steps, machine=machine, flags=flags, data=data, launcher=start))
     finish(result, scaling.page(result), out)

@@ -24,6 +24,7 @@ from tozan.bench.show import foot, head, percent, scaled, table
 from tozan.config import load
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops
+from tozan.planner import predict
 from tozan.train.run import FLOPS_FORMULA
 
 
@@ -81,6 +82,7 @@ class Jobs:
     Attributes:
         steps: of each job; the first is a warm-up and does not count.
         threads: computing threads of a rank; 0: its share of the cores.
+        machine: a machine's name or file, for the planner's prediction; None: none is made.
         flags: further `--table.key value` for `tozan train`.
         data: a data set; None makes one from the standard library.
         launcher: command put before `tozan train`, with `{ranks}` in it; None: torchrun on this machine.
@@ -88,6 +90,7 @@ class Jobs:
 
     steps: int = 5
     threads: int = 0
+    machine: str | None = None
     flags: tuple[str, ...] = ()
     data: Path | None = None
     launcher: tuple[str, ...] | None = None
@@ -167,7 +170,7 @@ def _row(setup: Setup, jobs: Jobs, ranks: int, flags: Sequence[str], folder: Pat
         flops_per_second=rate * model_flops(sizes) / sizes.sequence,
         phases={name: median(record["phases"].get(name, 0.0) for record in records) for name in sorted(names)},
         layout=facts["layout"],
-        predicted_seconds=None,
+        predicted_seconds=predict(load(config).config, jobs.machine).seconds if jobs.machine else None,
         mode=setup.mode,
         global_batch=setup.batch(ranks),
     )
