@@ -197,7 +197,7 @@ def test_config_schema(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "function", "arguments", "options"),
     [
-        (["report", "runs/x"], "write_report", (Path("runs/x"), None), {}),
+        (["report", "runs/x"], "write_report", (Path("runs/x"), None, None), {}),
         (["convert", "a", "b"], "convert", (Path("a"), Path("b")), {}),
         (
             ["data", "build", "x", "y", "--out", "d", "--vocabulary", "300", "--limit-megabytes", "2"],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tozan.data import Manifest, Tokenizer
+    from tozan.report.drawing import Figure
     from tozan.train import Result
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -30,6 +31,7 @@ __all__ = [
     "build_data",
     "convert",
     "evaluate",
+    "figures",
     "generate",
     "load_config",
     "open_model",
@@ -235,16 +237,35 @@ def _export(source: Path, destination: Path) -> Path:
     return destination
 
 
-def write_report(run: Path | str, out: Path | str | None = None) -> Path:
-    """Write the page that shows how a run went; returns the HTML file.
+def write_report(path: Path | str, out: Path | str | None = None, machine: str | None = None) -> Path:
+    """Write the page of a run, a measurement or a plan; returns the HTML file.
 
     Args:
-        run: the run's folder.
-        out: where to write; None: `report.html` in the run's folder.
+        path: a run folder, a result of `tozan bench` or a folder of them, or a plan's folder.
+        out: where to write; None: `report.html` in the folder.
+        machine: of a run: a machine or its file, to set a prediction beside the measurement.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: it is none of these.
     """
     from tozan import report
 
-    return report.write(Path(run), Path(out) if out is not None else None)
+    return report.write(Path(path), Path(out) if out is not None else None, machine=machine)
+
+
+def figures(path: Path | str, machine: str | None = None) -> dict[str, Figure]:
+    """The figures of a run, a measurement or a plan, by name; in a notebook each shows itself.
+
+    `tozan.figures("runs/first")["loss"]` as the last line of a cell draws the loss; `.standalone()` is its SVG, `.csv`
+    its data.
+
+    Args:
+        path: as for `write_report`.
+        machine: as for `write_report`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    from tozan import report
+
+    return report.figures(Path(path), machine)

@@ -21,6 +21,7 @@ from tozan import __version__
 from tozan.cli_bench import bench, doctor
 from tozan.cli_chaos import agent, chaos
 from tozan.cli_plan import plan
+from tozan.cli_report import report, watch
 from tozan.cli_words import FOLDER, examples
 from tozan.errors import EXIT_AGAIN
 
@@ -324,28 +325,9 @@ def convert(source: Path, destination: Path) -> None:
     click.echo(f"wrote {api.convert(source, destination)}")
 
 
-@cli.command(
-    epilog=examples(
-        "tozan report runs/first",
-        "tozan report runs/first --ledger",
-    )
-)
-@click.argument("run", type=FOLDER)
-@click.option("--out", type=FOLDER, help="File to write; without it, report.html in the run folder.")
-@click.option("--ledger", is_flag=True, help="Print instead what the processes of the run sent each other.")
-def report(run: Path, out: Path | None, ledger: bool) -> None:
-    """Write a page that shows how a run went."""
-    if ledger:
-        from tozan.report.ledger import table
-
-        click.echo(table(run))
-        return
-    from tozan import api
-
-    click.echo(f"wrote {api.write_report(run, out)}")
-
-
 cli.add_command(plan)
+cli.add_command(report)
+cli.add_command(watch)
 cli.add_command(bench)
 cli.add_command(doctor)
 cli.add_command(agent)

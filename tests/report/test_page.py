@@ -13,7 +13,8 @@ from made_run import make_run
 
 from tozan import report
 from tozan.errors import UserError
-from tozan.report import figures, history, page
+from tozan.report import history, run_page
+from tozan.report.figures import run as figures
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,6 @@ def test_the_report_does_not_import_torch():
 
 
 def test_config_tables_show_each_value_with_its_origin(run_folder):
-    tables = {table.title: table.rows for table in page.config_tables(history.read(run_folder(20)))}
+    tables = {table.title: table.rows for table in run_page.config_tables(history.read(run_folder(20)))}
     assert ("steps", "20", "--train.steps") in tables["[train]"]
     assert ("lr", "0.0006", "default") in tables["[optim]"]

@@ -11,7 +11,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +28,17 @@ COLOURS = {
     "blue": ("#1f5f9f", "#7db3ea"),
     "amber": ("#b8540c", "#f0a35e"),
     "red": ("#b3261e", "#f2857c"),
+    "teal": ("#1a7f86", "#6cc5cb"),
+    "green": ("#3a7d44", "#86c98f"),
+    "violet": ("#6a4fa3", "#b9a3ea"),
+    "rose": ("#b04a78", "#ec9dc1"),
+    "sand": ("#a07d1c", "#d8bd63"),
+    "grey": ("#a3a9b0", "#6d757e"),
 }
 """Light and dark value of each colour of a figure and of the page."""
 
 STAND_IN = {name: f"#0a0b{index:02x}" for index, name in enumerate(COLOURS)}
-SIZES = {"wide": (570.0, 262.0), "narrow": (350.0, 270.0)}
+WIDTHS = {"wide": 570.0, "narrow": 350.0}
 MOST_ROWS = 20_000
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'DejaVu Sans', sans-serif"
 
@@ -70,7 +76,7 @@ class Figure:
         name: file name without ending, and the prefix of ids inside the SVG.
         title: what is drawn.
         description: what it shows, in words, for readers who do not see it.
-        svg: one drawing per width in `SIZES`, coloured by CSS variables.
+        svg: one drawing per width in `WIDTHS`, coloured by CSS variables.
         csv: the data behind it.
         caption: a remark under the drawing.
     """
@@ -91,16 +97,22 @@ class Figure:
     def _repr_svg_(self) -> str:
         return self.standalone()
 
+    def _repr_html_(self) -> str:
+        caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
+        return f"<figure><h4>{html.escape(self.title)}</h4>{self.standalone()}{caption}</figure>"
+
 
 Draw = Callable[[Axes, bool], None]
 
 
-def figure(name: str, title: str, description: str, draw: Draw, data: str, caption: str = "") -> Figure:
+def figure(
+    name: str, title: str, description: str, draw: Draw, data: str, caption: str = "", height: float = 262.0
+) -> Figure:
     """Draw and describe a figure; the arguments are those of `Figure` and `render`."""
-    return Figure(name, title, description, render(name, title, description, draw), data, caption)
+    return Figure(name, title, description, render(name, title, description, draw, height), data, caption)
 
 
-def render(name: str, title: str, description: str, draw: Draw) -> dict[str, str]:
+def render(name: str, title: str, description: str, draw: Draw, height: float = 262.0) -> dict[str, str]:
     """Draw a figure at each width.
 
     Args:
@@ -108,12 +120,14 @@ def render(name: str, title: str, description: str, draw: Draw) -> dict[str, str
         title: the SVG's `<title>`.
         description: the SVG's `<desc>`.
         draw: draws into the axes it is given; its second argument says whether there is little room.
+        height: of the drawing, in points; a narrow one is a little higher.
 
     Returns:
         `{"wide": svg, "narrow": svg}`.
     """
     drawings = {}
-    for width, size in SIZES.items():
+    for width, across in WIDTHS.items():
+        size = across, height + (8.0 if width == "narrow" else 0.0)
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{name}-{width}"}):
             canvas = Canvas(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
             axes = canvas.add_subplot()
@@ -146,6 +160,15 @@ def _accessible(svg: str, name: str, size: tuple[float, float], title: str, desc
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-desc">{html.escape(description)}</desc>'
     )
     return head + words + body.strip()
+
+
+def rows_csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows of any values as CSV; what is not known is left empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(["" if value is None else value for value in row] for row in rows)
+    return file.getvalue()
 
 
 def table(columns: dict[str, Array]) -> str:

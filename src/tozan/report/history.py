@@ -28,9 +28,10 @@ STEP_FIELDS = (
     "tokens_per_second",
     "model_flops_per_second",
     "mfu",
+    "hfu",
 )
 EVAL_FIELDS = ("step", "loss", "perplexity", "bits_per_byte")
-PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
+PHASES = ("data", "forward", "backward", "communication", "bubble", "optimizer", "evaluation", "checkpoint", "other")
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,16 @@ class Live:
         self._console.print(line, markup=False, soft_wrap=True)
 
     @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self._step.get("step", 0))
+
+    @property
+    def mean_seconds(self) -> float:
+        """Of the last 50 steps; 0 before the first."""
+        return statistics.fmean(self._seconds) if self._seconds else 0.0
+
+    @property
     def seconds_left(self) -> float:
         """Expected seconds to the end of the run, from the mean of the last 50 steps; NaN before the first."""
         if not self._seconds:

@@ -11,6 +11,23 @@ from tozan.report.history import Array, History
 
 PRECISIONS = {"bf16": "bf16 (fp32 weights)", "fp16": "fp16 (fp32 weights)", "fp32": "fp32", "fp64": "fp64"}
 
+PHASE_WORDS = {
+    "data": "reading samples",
+    "forward": "forward",
+    "backward": "backward",
+    "communication": "adding up gradients",
+    "bubble": "pipeline bubble",
+    "optimizer": "clip and optimizer",
+    "evaluation": "evaluation",
+    "checkpoint": "checkpoint",
+    "other": "other",
+}
+
+
+def phase_words(phase: str) -> str:
+    """A phase as people call it."""
+    return f"waiting for {phase[5:]}" if phase.startswith("wait/") else PHASE_WORDS.get(phase, phase)
+
 
 def amount(value: float) -> str:
     """A count in three digits: `798,720`, `10.1 million`, `124 million`, `1.3 billion`."""
@@ -45,6 +62,18 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60:02d} min"
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def seconds(value: float) -> str:
+    """A short time in the unit that suits it."""
+    return duration(value) if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def time_tick(value: float, _: object = None) -> str:
+    """Seconds on an axis, in as few characters as will do."""
+    if value >= 120:
+        return f"{value / 60:.3g} min"
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value else "0"
 
 
 def percent(share: float) -> str:

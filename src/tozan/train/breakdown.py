@@ -6,6 +6,7 @@ Always on: `benchmarks/breakdown.py` measures what it costs.
 from __future__ import annotations
 
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Breakdown:
             "rank": self._rank,
             "stage": self._stage.stage if self._stage else 0,
             "at": at,
+            "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "phases": [(name, start - origin, end - origin) for name, start, end in marks],
             "collectives": [
                 (e.operation, e.axis, e.name, e.bytes, e.start - origin, e.transfer, e.wait) for e in entries

@@ -1,4 +1,4 @@
-"""The figures of one training run: loss, speed, phases of a step, gradient norm, learning rate."""
+"""How a run went: loss, speed, gradient norm, learning rate."""
 
 from __future__ import annotations
 
@@ -6,27 +6,17 @@ import math
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tozan.report.drawing import STAND_IN, Figure, figure, table
+from tozan.report.drawing import Figure, figure, table
 from tozan.report.history import Event, History, smooth, thin
-from tozan.report.words import duration, middle, percent, scaled
-
-INK, MUTED, LINE, BLUE, AMBER, RED = (STAND_IN[name] for name in ("ink", "muted", "line", "blue", "amber", "red"))
-PHASE_WORDS = {
-    "data": "reading samples",
-    "forward": "forward",
-    "backward": "backward",
-    "optimizer": "clip and optimizer",
-    "evaluation": "evaluation",
-    "checkpoint": "checkpoint",
-    "other": "other",
-}
+from tozan.report.marks import AMBER, BLUE, MUTED, RED, label_ends, plain
+from tozan.report.words import middle, percent, scaled
 
 
 def of_run(history: History) -> list[Figure]:
-    """Every figure that the run has data for, in the order of the page."""
-    makers = (loss, throughput, phases, gradient_norm, learning_rate)
+    """Every figure that the metrics have data for, in the order of the page."""
+    makers = (loss, throughput, gradient_norm, learning_rate)
     return [made for maker in makers if (made := maker(history)) is not None]
 
 
@@ -45,8 +35,8 @@ def loss(history: History) -> Figure | None:
         names = [("training", float(smoothed[-1]), BLUE)]
         if y.size:
             names.append(("held-out", float(y[-1]), AMBER))
-        _label_ends(axes, float(steps["tokens"][-1]), names)
-        _plain(axes, "tokens", "loss (nats per token)")
+        label_ends(axes, float(steps["tokens"][-1]), names)
+        plain(axes, "tokens", "loss (nats per token)")
 
     held_out = evals["loss"]
     words = f"Training loss goes from {steps['loss'][0]:.2f} to {smoothed[-1]:.2f} (smoothed) nats per token"
@@ -73,8 +63,8 @@ def throughput(history: History) -> Figure | None:
         axes.plot(*thin(steps["step"], rate), color=BLUE, linewidth=1.0)
         axes.axhline(median, color=AMBER, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 1.18 * float(np.nanpercentile(rate, 99.5)))
-        _label_ends(axes, float(steps["step"][-1]), [("median", median, AMBER)])
-        _plain(axes, "step", "tokens per second")
+        label_ends(axes, float(steps["step"][-1]), [("median", median, AMBER)])
+        plain(axes, "step", "tokens per second")
 
     low, high = (float(np.nanpercentile(rate, at)) for at in (5, 95))
     flops = middle(steps["model_flops_per_second"])
@@ -84,39 +74,6 @@ def throughput(history: History) -> Figure | None:
         f"Median {median:,.0f} tokens/s = {scaled(flops, 'FLOP/s')} of the model = MFU {percent(middle(steps['mfu']))}."
     )
     return figure("throughput", "Throughput", words, draw, table({name: steps[name] for name in names}), caption)
-
-
-def phases(history: History) -> Figure | None:
-    """Mean seconds of each phase of a step, with its share."""
-    total = float(np.nansum(history.steps["seconds"]))
-    means = {name: float(np.nanmean(values)) for name, values in history.phases.items() if np.nansum(values) > 0}
-    if not means or total <= 0:
-        return None
-    shares = {name: float(np.nansum(history.phases[name])) / total for name in means}
-    names = [PHASE_WORDS.get(name, name) for name in means]
-
-    def draw(axes: Axes, narrow: bool) -> None:
-        places = range(len(means))
-        axes.barh(places, list(means.values()), height=0.62, color=BLUE)
-        for place, (name, mean) in enumerate(means.items()):
-            axes.annotate(
-                f"{_seconds(mean)}  ({percent(shares[name])})",
-                (mean, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10.5,
-            )  # fmt: skip
-        axes.set_yticks(places, names)
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.invert_yaxis()
-        axes.grid(False)
-        axes.set_xlim(0, max(means.values()) * (1.75 if narrow else 1.3))
-        axes.xaxis.set_visible(False)
-        axes.spines["bottom"].set_visible(False)
-        axes.spines["left"].set_visible(True)
-
-    said = ", ".join(f"{name} {percent(shares[key])}" for name, key in zip(names, means, strict=True))
-    count = history.steps["step"].size
-    caption = f"Mean of {count:,} steps; a mean step takes {_seconds(total / count)}."
-    data = {"step": history.steps["step"], "seconds": history.steps["seconds"], **history.phases}
-    return figure("phases", "Where a step's time goes", f"Share of the wall time: {said}.", draw, table(data), caption)
 
 
 def gradient_norm(history: History) -> Figure | None:
@@ -149,7 +106,7 @@ def gradient_norm(history: History) -> Figure | None:
             markersize=4.5,
             transform=floor,
         )
-        _plain(axes, "step", "gradient norm (log scale)")
+        plain(axes, "step", "gradient norm (log scale)")
 
     counts = {
         "checkpoints": len(marks["checkpoint"]),
@@ -174,56 +131,12 @@ def learning_rate(history: History) -> Figure | None:
         axes.plot(*thin(steps["step"], rate), color=BLUE)
         axes.set_ylim(0, 1.1 * float(np.nanmax(rate)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        _plain(axes, "step", "learning rate")
+        plain(axes, "step", "learning rate")
 
     peak = int(np.nanargmax(rate))
     words = f"The learning rate peaks at {rate[peak]:.3g} at step {steps['step'][peak]:.0f} and ends at {rate[-1]:.3g}."
     return figure("learning-rate", "Learning rate", words, draw, table({"step": steps["step"], "lr": rate}))
 
 
-def _plain(axes: Axes, x: str, y: str) -> None:
-    """Few round ticks, thousands separated, the unit of y above the axis where it needs no turned head."""
-    axes.set_title(y, loc="left", fontsize=10.5, color=MUTED, pad=8)
-    axes.set_xlabel(x, fontsize=10.5, loc="right")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
-    if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        if "rate" not in y:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.margins(x=0.01)
-
-
-def _label_ends(axes: Axes, x: float, names: list[tuple[str, float, str]]) -> None:
-    """Names at the right ends of curves instead of a legend, kept apart when the curves meet."""
-    low, high = axes.get_ylim()
-    apart = 0.09 * (high - low)
-    ordered = sorted(names, key=lambda entry: entry[1])
-    places = [value for _, value, _ in ordered]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + apart)
-    for (name, _, colour), place in zip(ordered, places, strict=True):
-        axes.annotate(
-            name,
-            (x, place),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            annotation_clip=False,
-        )
-
-
 def _at(events: list[Event], kind: str) -> list[int]:
     return sorted({event.step for event in events if event.event == kind})
-
-
-def _count(value: float, _: object = None) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{value / size:.4g} {letter}"
-    return f"{value / 1e3:.4g} k" if abs(value) >= 1e5 else f"{value:,.0f}"
-
-
-def _seconds(value: float) -> str:
-    return duration(value) if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"

@@ -1,0 +1,1 @@
+"""The figures, by subject: one function each, which returns None where it finds no data."""

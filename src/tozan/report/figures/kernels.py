@@ -1,0 +1,195 @@
+"""How fast this machine multiplies and sends: the roofline with every matrix product, collectives by size."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from tozan.bench.result import Result, Row
+from tozan.report.drawing import Figure, figure, rows_csv
+from tozan.report.marks import SERIES, key, powers, titled
+from tozan.report.words import percent, scaled
+
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+
+
+def flops_of(row: Row) -> float:
+    """FLOPs of one call of a product."""
+    return 2.0 * float(row["m"]) * float(row["n"]) * float(row["k"]) * float(row.get("batch", 1))
+
+
+def bytes_of(row: Row) -> float:
+    """Bytes that a product must read and write at least: both operands and the result, once."""
+    stated = row.get("bytes")
+    if stated:
+        return float(stated)
+    m, n, k, item = _sizes(row)
+    return float(row.get("batch", 1)) * item * (m * k + k * n + m * n)
+
+
+def _sizes(row: Row) -> tuple[float, float, float, float]:
+    return float(row["m"]), float(row["n"]), float(row["k"]), float(ITEM.get(str(row.get("precision")), 4))
+
+
+def rate_of(row: Row) -> float:
+    """Measured FLOP/s of a product."""
+    return float(row.get("flops_per_second") or row.median)
+
+
+def roofline(result: Result) -> Figure | None:
+    """Every matrix product by its arithmetic intensity and its rate, under the roofs of memory and of each precision.
+
+    Williams et al., Roofline, CACM 2009: a product of intensity I (FLOPs per byte moved) runs at no more than
+    min(peak, I × bandwidth).
+    """
+    rows = [row for row in result.rows if result.kind == "gemm" and row.get("m")]
+    if not rows:
+        return None
+    threads = max(int(row.get("threads", 1)) for row in rows)
+    rows = [row for row in rows if int(row.get("threads", 1)) == threads]
+    precisions = list(dict.fromkeys(str(row.get("precision", "fp32")) for row in rows))
+    colours = dict(zip(precisions, SERIES, strict=False))
+    x = {row.name: flops_of(row) / bytes_of(row) for row in rows}
+    rates = [rate_of(row) for row in rows]
+    peaks = {name: peak.measured for name, peak in result.peaks.items() if name in precisions}
+    low, high = min(x.values()) / 2, max(x.values()) * 2
+    if result.bandwidth and peaks:
+        low = min(low, min(peaks.values()) / result.bandwidth / 4)
+    largest = max([row.get("share") or 0.0 for row in rows]) or 1.0
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        powers(axes)
+        axes.set_xlim(low, high)
+        axes.set_ylim(min(rates) / 2.5, max([*rates, *peaks.values()]) * 2.2)
+        across = np.geomspace(low, high, 60)
+        for name, peak in peaks.items():
+            roof = np.minimum(peak, across * result.bandwidth) if result.bandwidth else np.full(60, peak)
+            axes.plot(across, roof, color=colours[name], linewidth=1.2)
+        for row in rows:
+            size = 12 + 90 * (row.get("share") or 0.0) / largest
+            colour = colours[str(row.get("precision", "fp32"))]
+            axes.scatter([x[row.name]], [rate_of(row)], s=size, color=colour, alpha=0.6, linewidths=0)
+        titled(axes, "FLOPs per byte moved", "FLOP/s")
+        axes.yaxis.set_major_formatter(lambda value, _: scaled(value, ""))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        key(axes, [(name, colours[name]) for name in precisions], narrow, -0.2)
+
+    said = []
+    for name in precisions:
+        mine = [row for row in rows if str(row.get("precision", "fp32")) == name]
+        shares = [row.get("share") or 0.0 for row in mine]
+        weight = shares if sum(shares) > 0 else [1.0] * len(mine)
+        mean = sum(weight) / sum(w / rate_of(row) for w, row in zip(weight, mine, strict=True))
+        peak = peaks.get(name)
+        said.append(
+            f"{name}: {scaled(mean, 'FLOP/s')} over the step's products"
+            + (f", {percent(mean / peak)} of the measured peak of {scaled(peak, 'FLOP/s')}" if peak else "")
+        )
+    words = "; ".join(said) + "."
+    if result.bandwidth:
+        words += f" Memory moves {scaled(result.bandwidth, 'B/s')}."
+    head = (
+        "name",
+        "direction",
+        "precision",
+        "threads",
+        "m",
+        "n",
+        "k",
+        "batch",
+        "flops_per_byte",
+        "flops_per_second",
+        "share_of_step",
+    )
+    data = rows_csv(
+        head,
+        [
+            (
+                row.name,
+                row.get("direction"),
+                row.get("precision"),
+                row.get("threads"),
+                row.get("m"),
+                row.get("n"),
+                row.get("k"),
+                row.get("batch", 1),
+                x[row.name],
+                rate_of(row),
+                row.get("share"),
+            )
+            for row in rows
+        ],
+    )
+    caption = (
+        f"A dot is a matrix product, as large as its share of the step's FLOPs; threads: {threads}. "
+        "Lines: what memory and multipliers allow."
+    )
+    return figure("roofline", "Roofline of the step's matrix products", words, draw, data, caption, 320.0)
+
+
+def slowest_products(result: Result, most: int = 12) -> list[tuple[str, ...]]:
+    """The products that take most of the step's time: name, shape, precision, rate, share of peak, share of time."""
+    rows = [row for row in result.rows if result.kind == "gemm" and row.get("m")]
+    if not rows:
+        return []
+    times = {id(row): (row.get("share") or flops_of(row)) / rate_of(row) for row in rows}
+    groups: dict[tuple[object, ...], float] = {}
+    for row in rows:
+        group = (row.get("precision"), row.get("threads"), row.get("tensor"))
+        groups[group] = groups.get(group, 0.0) + times[id(row)]
+    made = []
+    for row in sorted(rows, key=lambda row: -times[id(row)]):
+        group = (row.get("precision"), row.get("threads"), row.get("tensor"))
+        peak = result.peaks.get(str(row.get("precision")))
+        batch = f"{int(row.get('batch', 1)):,} × " if int(row.get("batch", 1)) > 1 else ""
+        made.append(
+            (
+                row.name,
+                f"{batch}{int(row['m']):,} × {int(row['n']):,} × {int(row['k']):,}",
+                str(row.get("precision", "")),
+                scaled(rate_of(row), "FLOP/s"),
+                percent(rate_of(row) / peak.measured) if peak else "—",
+                percent(times[id(row)] / groups[group]),
+            )
+        )
+    return made[:most]
+
+
+def collectives(result: Result) -> Figure | None:
+    """Bandwidth of each collective by the size of its message."""
+    rows = [
+        row
+        for row in result.rows
+        if result.kind in ("collectives", "doctor") and row.get("bytes") and row.get("operation")
+    ]
+    if not rows:
+        return None
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        names = [str(row[name]) for name in ("operation", "interface", "dtype") if row.get(name) is not None]
+        names += [f"{row['ranks']} ranks"] if row.get("ranks") else []
+        rate = row.median if row.unit == "bytes/s" else float(row["bytes"]) / row.median
+        curves.setdefault(", ".join(names), []).append((float(row["bytes"]), rate))
+    curves = {
+        name: sorted(points) for name, points in sorted(curves.items(), key=lambda item: -max(r for _, r in item[1]))
+    }
+    shown = dict(list(curves.items())[: len(SERIES)])
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        powers(axes)
+        for colour, points in zip(SERIES, shown.values(), strict=False):
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
+        titled(axes, "bytes in a message", "bytes per second")
+        axes.yaxis.set_major_formatter(lambda value, _: scaled(value, "B/s"))
+        axes.xaxis.set_major_formatter(lambda value, _: scaled(value, "B"))
+        key(axes, list(zip(shown, SERIES, strict=False)), narrow, -0.2)
+
+    best = {name: max(rate for _, rate in points) for name, points in curves.items()}
+    words = (
+        "Best bandwidth: " + ", ".join(f"{name} {scaled(rate, 'B/s')}" for name, rate in list(best.items())[:6]) + "."
+    )
+    data = rows_csv(
+        ("collective", "bytes", "bytes_per_second"),
+        [(name, *point) for name, points in curves.items() for point in points],
+    )
+    return figure("collectives", "Collectives by message size", words, draw, data, "Median of the repeats.", 330.0)

@@ -1,0 +1,244 @@
+"""What a plan says: memory by category, where ranks sit on a torus, time over nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from tozan.report.drawing import Figure, figure, rows_csv
+from tozan.report.marks import BLUE, GREY, MUTED, SERIES, bare, cells, key
+from tozan.report.words import percent, seconds, time_tick
+
+MOST_CELLS = 4_096
+
+
+def memory(parts: Mapping[str, float], available: float | None = None, what: str = "the fullest rank") -> Figure | None:
+    """Bytes by category, one bar each, beside what a device has.
+
+    Args:
+        parts: bytes by category.
+        available: bytes that a rank may use.
+        what: whose memory it is.
+    """
+    held = {name: float(value) for name, value in parts.items() if value > 0}
+    if not held:
+        return None
+    total = sum(held.values())
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        for place, (_, value) in enumerate(held.items()):
+            axes.barh(place, value, height=0.62, color=BLUE)
+            axes.annotate(
+                f"{size(value)}  ({percent(value / total)})", (value, place), xytext=(5, 0), va="center",
+                textcoords="offset points", fontsize=10,
+            )  # fmt: skip
+        axes.set_yticks(range(len(held)), list(held))
+        axes.invert_yaxis()
+        bare(axes)
+        axes.set_xlim(0, max(held.values()) * (1.9 if narrow else 1.35))
+
+    words = f"{size(total)} on {what}: " + ", ".join(f"{name} {size(value)}" for name, value in held.items()) + "."
+    if available:
+        words += f" That is {percent(total / available)} of {size(available)}."
+    caption = f"Together {size(total)}" + (f" of {size(available)}." if available else ".")
+    height = 40.0 + 28.0 * len(held)
+    return figure(
+        "memory",
+        "Memory by category",
+        words,
+        draw,
+        rows_csv(("category", "bytes"), list(held.items())),
+        caption,
+        height,
+    )
+
+
+def size(value: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, step in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= step:
+            return f"{value / step:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def torus(
+    shape: Sequence[int], places: Mapping[int, Sequence[int]], group: Mapping[int, int], axis: str
+) -> Figure | None:
+    """Which rank sits where on a torus, as its slices side by side, coloured by the group it belongs to.
+
+    Args:
+        shape: lengths of the torus.
+        places: coordinates of each rank's node.
+        group: number of each rank's group along `axis`.
+        axis: the mesh axis whose groups are coloured.
+    """
+    if not shape or not places or prod(shape) > 10**7:
+        return None
+    across, down = (shape[0], shape[1]) if len(shape) > 1 else (shape[0], 1)
+    slices = prod(shape[2:]) if len(shape) > 2 else 1
+    most = max(1, MOST_CELLS // (across * down))
+    shown = min(slices, most)
+    columns = max(1, min(shown, round((shown * 1.8 * down / across) ** 0.5) or 1))
+    rows = ceil(shown / columns)
+    by_slice: dict[int, list[tuple[int, int, int]]] = {}
+    for rank, place in places.items():
+        number = 0
+        for length, coordinate in zip(shape[2:], place[2:], strict=True):
+            number = number * length + int(coordinate)
+        by_slice.setdefault(number, []).append((rank, int(place[0]), int(place[1]) if len(place) > 1 else 0))
+    numbered = across * columns <= 16
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        for number in range(shown):
+            left, top = number % columns * (across + 0.7), number // columns * (down + 0.9)
+            for rank, x, y in by_slice.get(number, []):
+                which = group.get(rank, 0)
+                colour = SERIES[which % len(SERIES)]
+                cells(
+                    axes, left + x + 0.04, top + y + 0.04, 0.92, 0.92, colour, 0.6 - 0.15 * (which // len(SERIES) % 3)
+                )
+                if numbered and not narrow:
+                    axes.annotate(str(rank), (left + x + 0.5, top + y + 0.52), ha="center", va="center", fontsize=9.6)
+        axes.set_xlim(-0.1, columns * (across + 0.7))
+        axes.set_ylim(rows * (down + 0.9), -0.1)
+        axes.set_aspect("equal")
+        bare(axes)
+        axes.yaxis.set_visible(False)
+        axes.set_title(f"slices of {across} × {down} nodes", loc="left", fontsize=10.5, color=MUTED, pad=6)
+
+    sides = " × ".join(map(str, shape))
+    used = len(places)
+    words = (
+        f"{used:,} ranks on a torus of {sides} nodes, drawn in {slices:,} slices of {across} × {down}; the colour is a "
+        f"rank's {axis} group."
+    )
+    data = rows_csv(
+        ("rank", *(f"x{i}" for i in range(len(shape))), f"{axis}_group"),
+        [(rank, *place, group.get(rank, 0)) for rank, place in sorted(places.items())],
+    )
+    caption = f"A square is a rank, a block is a slice of the torus ({sides}); one colour is one {axis} group."
+    if shown < slices:
+        caption += f" The first {shown} of {slices} slices."
+    height = min(620.0, max(120.0, 40 + 540.0 * rows * (down + 0.9) / (columns * (across + 0.7))))
+    return figure("torus", "Where the ranks sit", words, draw, data, caption, height)
+
+
+def layouts(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure | None:
+    """The best layouts' time of a step with their 80% intervals."""
+    if not found:
+        return None
+    values = [
+        (float(one["seconds"]), float(one.get("low") or one["seconds"]), float(one.get("high") or one["seconds"]))
+        for one in found
+    ]
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        far = max(high for _, _, high in values)
+        for place, (middle, low, high) in enumerate(values):
+            axes.plot([low, high], [place + 0.16] * 2, color=GREY, linewidth=5, solid_capstyle="butt")
+            axes.plot([middle], [place + 0.16], "o", color=BLUE, markersize=7)
+            axes.annotate(
+                seconds(middle),
+                (high, place + 0.16),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+            )
+            text = names[place] if not narrow or len(names[place]) < 52 else names[place][:50] + "…"
+            axes.annotate(text, (0, place - 0.2), fontsize=9.5, va="center", color=MUTED)
+        axes.set_xlim(0, far * 1.18)
+        axes.set_ylim(len(values) - 0.4, -0.55)
+        bare(axes)
+        axes.yaxis.set_visible(False)
+
+    best = values[0]
+    between = f"between {seconds(best[1])} and {seconds(best[2])} in 8 cases of 10"
+    words = f"Best: {names[0]}, {seconds(best[0])} a step, {between}."
+    data = rows_csv(
+        ("layout", "seconds", "low", "high"), [(name, *value) for name, value in zip(names, values, strict=True)]
+    )
+    height = 30.0 + 44.0 * len(values)
+    return figure(
+        "layouts", "Best layouts", words, draw, data, "Dot: predicted seconds of a step. Bar: 80% interval.", height
+    )
+
+
+def breakdown(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure | None:
+    """Where the best layouts' predicted steps go: one stacked bar each."""
+    if not found or not found[0].get("breakdown"):
+        return None
+    longest = max(float(one["seconds"]) for one in found)
+    parts = [
+        part
+        for part in found[0]["breakdown"]
+        if any(float(one["breakdown"].get(part, 0.0)) > 0.005 * longest for one in found)
+    ]
+    colours = dict(zip(parts, SERIES, strict=False))
+    parts = list(colours)
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        for place, one in enumerate(found):
+            left = 0.0
+            for part in parts:
+                value = max(0.0, float(one["breakdown"].get(part, 0.0)))
+                axes.barh(place + 0.16, value, left=left, height=0.42, color=colours[part])
+                left += value
+            text = names[place] if not narrow or len(names[place]) < 52 else names[place][:50] + "…"
+            axes.annotate(text, (0, place - 0.24), fontsize=9.5, va="center", color=MUTED)
+        axes.set_ylim(len(found) - 0.45, -0.55)
+        bare(axes)
+        axes.yaxis.set_visible(False)
+        key(axes, [(part, colours[part]) for part in parts], narrow)
+
+    best = found[0]
+    shares = ", ".join(f"{part} {percent(float(best['breakdown'][part]) / float(best['seconds']))}" for part in parts)
+    rows = [
+        (name, *(one["breakdown"].get(part, 0.0) for part in parts)) for name, one in zip(names, found, strict=True)
+    ]
+    height = 60.0 + 44.0 * len(found) + 14.0 * (len(parts) // 4)
+    words = f"The best layout's step: {shares}."
+    return figure(
+        "plan-breakdown",
+        "Where a step's time goes, predicted",
+        words,
+        draw,
+        rows_csv(("layout", *parts), rows),
+        "",
+        height,
+    )
+
+
+def curves(rows: Sequence[Mapping[str, float]], kind: str) -> Figure | None:
+    """Time of a step over nodes as the planner prices it, beside the ideal."""
+    if len(rows) < 2:
+        return None
+    x = np.array([float(row["nodes"]) for row in rows])
+    y = np.array([float(row["seconds"]) for row in rows])
+    ideal = y[0] * (x[0] / x if kind == "strong" else np.ones_like(x))
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.plot(x, ideal, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.plot(x, y, color=BLUE, marker="o", markersize=4)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.locator_params(axis="x", numticks=5)
+        axes.yaxis.set_major_formatter(time_tick)
+        axes.yaxis.set_minor_formatter(lambda *_: "")
+        axes.set_title("time of a step", loc="left", fontsize=10.5, color=MUTED, pad=8)
+        axes.set_xlabel("nodes", fontsize=10.5, loc="right")
+        key(axes, [("predicted", BLUE), ("ideal", GREY)], narrow, -0.17)
+
+    words = (
+        f"From {x[0]:,.0f} to {x[-1]:,.0f} nodes a step goes from {seconds(y[0])} to {seconds(y[-1])}: "
+        f"{percent(float(ideal[-1] / y[-1]))} of ideal."
+    )
+    names = list(rows[0])
+    data = rows_csv(names, [[row.get(name) for name in names] for row in rows])
+    title = "Strong scaling, predicted" if kind == "strong" else "Weak scaling, predicted"
+    return figure(f"{kind}-curve", title, words, draw, data, "The best layout for each number of nodes.", 280.0)

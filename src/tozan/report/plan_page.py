@@ -1,0 +1,203 @@
+"""The page of a plan: a folder that `tozan plan ... --out` wrote, with its plan.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tozan.errors import Problem, UserError
+from tozan.report.drawing import Figure
+from tozan.report.figures import pipeline, plans
+from tozan.report.figures.plans import size
+from tozan.report.page import Page, Table
+from tozan.report.run_page import value_text
+from tozan.report.words import Tile, amount, percent, scaled, seconds
+from tozan.schedules import create
+
+AXES = ("pp", "dp", "cp", "tp")
+HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh", "cost")
+NOTE = "TFLOP/s are the model's, recomputation not counted, per device. Memory of the fullest device."
+Plan = dict[str, Any]
+
+
+def read(path: Path) -> Plan:
+    """Read a plan's folder, or its plan.json.
+
+    Raises:
+        UserError: it is none, or of another version.
+    """
+    file = path / "plan.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            Problem(str(file), f"cannot be read: {error}", "write it with `tozan plan ... --out`")
+        ) from None
+    if not isinstance(found, dict) or found.get("format") != "tozan plan" or found.get("version") != 1:
+        raise UserError(Problem(str(file), "no plan of version 1", "write it with `tozan plan ... --out`"))
+    if not found.get("layouts"):
+        raise UserError(Problem(str(file), "holds no layout", "write it with `tozan plan ... --out`"))
+    return found
+
+
+def page(path: Path) -> Page:
+    """The page of a plan.
+
+    Raises:
+        UserError: no plan there.
+    """
+    plan = read(path)
+    best = plan["layouts"][0]
+    names = [layout_name(one["layout"]) for one in plan["layouts"]]
+    rows = [_row(one, name) for one, name in zip(plan["layouts"], names, strict=True)]
+    model, machine = _name(plan["model"]), _name(plan["machine"])
+    return Page(
+        kind="tozan plan",
+        title=f"{model} on {plan['nodes']:,} nodes",
+        when=machine,
+        tiles=_tiles(plan, best),
+        summary=_summary(plan, best, names),
+        advice=[
+            *plan.get("advice", []),
+            "Run it: the folder's `launch.sh` starts its `plan.toml`; `tozan report RUN --machine FILE` then sets this "
+            "prediction beside the measurement.",
+        ],
+        figures=figures(plan),
+        wide=[Table("Best layouts", rows, NOTE, HEAD)],
+        facts=[
+            Table("Model", _plain(plan["model"])),
+            Table("Machine", _plain(plan["machine"])),
+            Table("Best layout", _plain(best["layout"])),
+        ],
+        foot="Seconds are predicted; in 8 cases of 10 a measured step lies in the interval.",
+    )
+
+
+def figures(plan: Plan) -> list[Figure]:
+    """Every figure that the plan has data for."""
+    layouts, best = plan["layouts"], plan["layouts"][0]
+    names = [layout_name(one["layout"]) for one in layouts]
+    made = [plans.layouts(layouts, names), plans.breakdown(layouts, names)]
+    made.append(plans.memory(best["memory"], plan.get("available_memory"), "the fullest device"))
+    made += [_pipeline(plan, best), _torus(plan, best["layout"])]
+    curves = plan.get("curves") or {}
+    made += [plans.curves(curves.get(kind) or [], kind) for kind in ("strong", "weak")]
+    return [one for one in made if one is not None]
+
+
+def _pipeline(plan: Plan, best: Mapping[str, Any]) -> Figure | None:
+    """The timeline of the best layout's pipeline, from its breakdown: backward takes twice the forward."""
+    table = plan.get("pipeline")
+    if not table or int(table.get("stages", 1)) < 2:
+        return None
+    try:
+        schedule = create(table["schedule"], table["stages"], table["microbatches"], int(table.get("chunks", 1)))
+    except ValueError:
+        return None
+    parts: Mapping[str, float] = best["breakdown"]
+    apart = ("bubble", "pipeline", "data", "optimizer", "noise")
+    one = sum(value for name, value in parts.items() if name not in apart) / schedule.microbatches
+    forward = float(table.get("forward", one / 3))
+    backward = float(table.get("backward", 2 * one / 3))
+    return pipeline.of_plan(schedule, forward, backward, float(table.get("backward_weight", backward / 2)))
+
+
+def _torus(plan: Plan, layout: Mapping[str, Any]) -> Figure | None:
+    """Ranks on the torus, coloured by the replica they belong to, or by pipeline stage."""
+    torus = plan.get("torus")
+    if not torus:
+        return None
+    table = torus.get("ranks") or []
+    places = {int(k): v for k, v in table.items()} if isinstance(table, dict) else dict(enumerate(table))
+    axis = "pipeline" if int(layout.get("pp", 1)) > 1 else "tensor" if int(layout.get("tp", 1)) > 1 else "data"
+    parts = {"pipeline": "pp", "tensor": "tp", "data": "dp"}
+    each = max(1, len(places) // max(1, int(layout.get("pp", 1))))
+    if axis == "pipeline":
+        group = {rank: rank // each for rank in places}
+    else:
+        group = {rank: rank // max(1, int(layout.get(parts["tensor"], 1))) for rank in places}
+    return plans.torus(torus["shape"], places, group, axis)
+
+
+def layout_name(layout: Mapping[str, Any]) -> str:
+    """A layout in a few words: `pp8 dp32 tp4, micro-batch 1, ZeRO-1`."""
+    words = [" ".join(f"{axis}{layout[axis]}" for axis in AXES if int(layout.get(axis, 1)) > 1) or "one device"]
+    if layout.get("grid"):
+        words[0] += f" ({layout['grid']}×{layout['grid']}×{layout.get('depth', 1)})"
+    words.append(f"micro-batch {layout.get('micro_batch', 1)}")
+    if int(layout.get("chunks", 1)) > 1:
+        words.append(f"interleaved ×{layout['chunks']}")
+    if layout.get("zero"):
+        words.append(f"ZeRO-{layout['zero']}")
+    if layout.get("recompute", "none") != "none":
+        words.append(f"recompute {layout['recompute']}")
+    return ", ".join(words)
+
+
+def _name(value: object) -> str:
+    return str(value.get("name", "")) if isinstance(value, dict) else str(value)
+
+
+def _plain(value: object) -> list[tuple[str, ...]]:
+    """The scalars of a table, as rows."""
+    if not isinstance(value, dict):
+        return [("name", str(value))]
+    return [
+        (str(name).replace("_", " "), value_text(item))
+        for name, item in value.items()
+        if isinstance(item, str | int | float)
+    ]
+
+
+def _row(one: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    def number(key: str, form: str = ",.3g") -> str:
+        return "—" if one.get(key) is None else format(float(one[key]), form)
+
+    return (
+        name,
+        number("seconds"),
+        f"{number('low')} – {number('high')}",
+        f"{float(one['flops_per_second']) / 1e12:.3g}" if one.get("flops_per_second") else "—",
+        percent(float(one["peak_share"])) if one.get("peak_share") else "—",
+        number("days"),
+        size(sum(one["memory"].values())),
+        number("energy"),
+        number("cost", ",.0f"),
+    )
+
+
+def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
+    made = [
+        Tile(
+            "A step",
+            seconds(float(best["seconds"])),
+            f"{seconds(float(best['low']))} to {seconds(float(best['high']))}",
+        ),
+        Tile("The run", f"{float(best['days']):,.3g} days", f"{amount(float(plan['tokens']))} tokens"),
+        Tile(
+            "Speed",
+            scaled(float(best["flops_per_second"]), "FLOP/s"),
+            f"per device, {percent(float(best['peak_share']))} of peak",
+        ),
+        Tile("Memory", size(sum(best["memory"].values())), "on the fullest device"),
+    ]
+    if best.get("energy"):
+        made.append(Tile("Energy", f"{float(best['energy']):,.3g} MWh", "whole run"))
+    return made
+
+
+def _summary(plan: Plan, best: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    low, high = (float(best[end]) / float(best["seconds"]) * float(best["days"]) for end in ("low", "high"))
+    said = [
+        f"{_name(plan['model'])} trains on {amount(float(plan['tokens']))} tokens in {float(best['days']):,.3g} days "
+        f"({low:,.3g} to {high:,.3g}) on {plan['nodes']:,} nodes, laid out as {names[0]}."
+    ]
+    parts = sorted(best["breakdown"].items(), key=lambda item: -float(item[1]))[:3]
+    shares = ", ".join(f"{name} {percent(float(value) / float(best['seconds']))}" for name, value in parts)
+    said.append(f"Most of a step goes into {shares}.")
+    if len(names) > 1:
+        lost = float(plan["layouts"][1]["seconds"]) / float(best["seconds"]) - 1
+        said.append(f"The next best, {names[1]}, takes {percent(lost)} longer.")
+    return said
