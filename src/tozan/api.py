@@ -268,4 +268,4 @@ def figures(path: Path | str, machine: str | None = None) -> dict[str, Figure]:
     """
     from tozan import report
 
-    return report.figures(Path(path), machine)
+    return report.draw(Path(path), machine)

@@ -40,7 +40,7 @@ def write(path: Path, out: Path | None = None, sample: str | None = None, machin
     return made.write(out or target)
 
 
-def figures(path: Path, machine: str | None = None) -> dict[str, Figure]:
+def draw(path: Path, machine: str | None = None) -> dict[str, Figure]:
     """The figures of a run, a measurement or a plan by name; each shows itself in a notebook.
 
     Raises:

@@ -155,7 +155,7 @@ def slow(ranks: Ranks, stages: int = 1) -> list[Slow]:
             columns = [
                 i for i, name in enumerate(ranks.phases) if not name.startswith("wait/") and name not in NOT_WORK
             ]
-            excess = ranks.seconds[row, columns] - np.median(ranks.seconds[np.ix_(group, columns)], axis=0)
+            excess = ranks.seconds[row][columns] - np.median(ranks.seconds[group][:, columns], axis=0)
             phase = ranks.phases[columns[int(excess.argmax())]]
             work = float(ranks.work[row])
             found.append(Slow(int(ranks.ranks[row]), work / middle, work - middle, phase))

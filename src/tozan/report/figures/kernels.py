@@ -137,7 +137,7 @@ def slowest_products(result: Result, most: int = 12) -> list[tuple[str, ...]]:
     for row in rows:
         group = (row.get("precision"), row.get("threads"), row.get("tensor"))
         groups[group] = groups.get(group, 0.0) + times[id(row)]
-    made = []
+    made: list[tuple[str, ...]] = []
     for row in sorted(rows, key=lambda row: -times[id(row)]):
         group = (row.get("precision"), row.get("threads"), row.get("tensor"))
         peak = result.peaks.get(str(row.get("precision")))

@@ -199,7 +199,7 @@ def talk_table(found: Sequence[Point], peak: float | None) -> list[tuple[str, ..
         found: measured numbers of ranks.
         peak: FLOP/s of one rank that percentages are of; None leaves them out.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for point in found:
         if not np.isfinite(point.flops):
             continue
