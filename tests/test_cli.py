@@ -53,6 +53,7 @@ def test_help_loads_nothing_heavy() -> None:
             "tozan.cli_bench",
             "tozan.cli_chaos",
             "tozan.cli_plan",
+            "tozan.cli_report",
             "tozan.cli_words",
             "tozan.errors",
         )

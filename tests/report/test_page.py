@@ -9,6 +9,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from made_ranks import add_ranks
 from made_run import make_run
 
 from tozan import report
@@ -64,11 +65,12 @@ def test_figures_come_as_svg_and_csv_files(written):
     assert rows[40]["training_loss"] == "", "the skipped step has no loss"
 
 
-def test_ten_thousand_steps_take_less_than_ten_seconds(run_folder):
-    folder = run_folder(10_000)
-    before = time.monotonic()
+def test_ten_thousand_steps_of_64_ranks_take_less_than_ten_seconds(run_folder):
+    """Processor seconds: other processes must not count. `benchmarks/report_page.py` takes the wall's."""
+    folder = add_ranks(run_folder(10_000), 64, 420)
+    before = time.process_time()
     target = report.write(folder, folder / "pages" / "long.html", sample="x")
-    assert time.monotonic() - before < 10
+    assert time.process_time() - before < 10
     assert target.stat().st_size < 8 << 20
 
 

@@ -92,11 +92,14 @@ def cells(axes: Axes, left: float, bottom: float, width: float, height: float, c
 
 
 def key(axes: Axes, names: Iterable[tuple[str, str]], narrow: bool, below: float = -0.04) -> None:
-    """Names of filled colours, in rows under the drawing."""
+    """Names of filled colours, in rows under the drawing; as many in a row as have room."""
+    names = list(names)
+    longest = max(len(name) for name, _ in names) + 4
+    columns = max(1, min(2 if narrow else 4, (44 if narrow else 84) // longest))
     handles = [Rectangle((0, 0), 1, 1, facecolor=colour, edgecolor="none") for _, colour in names]
     axes.legend(
         handles, [name for name, _ in names], loc="upper left", bbox_to_anchor=(-0.01, below), frameon=False,
-        ncols=2 if narrow else 4, fontsize=9.5, handlelength=0.9, handleheight=0.9, columnspacing=1.2, labelcolor=INK,
+        ncols=columns, fontsize=9.5, handlelength=0.9, handleheight=0.9, columnspacing=1.2, labelcolor=INK,
         borderaxespad=0.0,
     )  # fmt: skip
 
