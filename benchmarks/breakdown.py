@@ -121,8 +121,7 @@ def agree(folder: Path, seconds: float) -> None:
             pass
         time.sleep(2.0)
         first = len((folder / "run" / "metrics.jsonl").read_text().splitlines())
-        record = [program, "record", "--format", "raw", "--rate", "200", "--duration", str(round(seconds)), "--gil"]
-        record = [word for word in record if word != "--gil"]
+        record = [program, "record", "--format", "raw", "--rate", "200", "--duration", str(round(seconds))]
         subprocess.run([*record, "--output", str(folder / "raw"), "--pid", str(child.pid)], check=True)
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()[first:]
         child.terminate()
@@ -151,9 +150,9 @@ def compare(records: list[dict], raw: str) -> None:
 def phase_of(stack: list[str]) -> str:
     """The phase of a sample: what `train_step` has called, by name; its own lines are between the phases."""
     at = next(index for index, frame in enumerate(stack) if frame.startswith("train_step "))
-    called = stack[at + 1].split(" ")[0] if at + 1 < len(stack) else ""
+    called = stack[at + 1].split(" ")[0].rpartition(".")[2] if at + 1 < len(stack) else ""
     for name, phase in CALLS.items():
-        if called == name or called.endswith(f"_{name}"):
+        if called == name:
             return phase
     return "forward" if "call_impl" in called else "backward" if called == "item" else "other"
 

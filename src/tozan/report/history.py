@@ -31,7 +31,18 @@ STEP_FIELDS = (
     "hfu",
 )
 EVAL_FIELDS = ("step", "loss", "perplexity", "bits_per_byte")
-PHASES = ("data", "forward", "backward", "communication", "bubble", "optimizer", "evaluation", "checkpoint", "other")
+PHASES = (
+    "data",
+    "forward",
+    "backward",
+    "communication",
+    "bubble",
+    "optimizer",
+    "evaluation",
+    "checkpoint",
+    "copy",
+    "other",
+)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ PHASE_COLOURS = {
     "optimizer": VIOLET,
     "evaluation": ROSE,
     "checkpoint": RED,
+    "copy": RED,
     "other": LINE,
 }
 

@@ -17,7 +17,7 @@ TAIL_BYTES = 400
 """Of a record, at least: how far from the end of a file the newest ones may begin, times their number."""
 SLOW = 1.1
 """A rank is slow whose own work takes this many times that of the middle rank."""
-NOT_WORK = ("bubble", "evaluation", "checkpoint", "other")
+NOT_WORK = ("bubble", "evaluation", "checkpoint", "copy", "other")
 
 
 @dataclass(frozen=True)

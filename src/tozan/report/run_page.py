@@ -96,7 +96,7 @@ def _measured(found: History, who: Ranks | None) -> dict[str, float]:
     means: Mapping[str, float] = {name: float(values.mean()) for name, values in found.phases.items() if values.size}
     if who is not None:
         means = who.means
-    return {name: value for name, value in means.items() if name not in ("evaluation", "checkpoint")}
+    return {name: value for name, value in means.items() if name not in ("evaluation", "checkpoint", "copy")}
 
 
 def machine_of(folder: Path, named: str | None) -> Machine | None:

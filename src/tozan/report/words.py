@@ -20,13 +20,21 @@ PHASE_WORDS = {
     "optimizer": "clip and optimizer",
     "evaluation": "evaluation",
     "checkpoint": "checkpoint",
+    "copy": "copying state to a peer",
     "other": "other",
 }
 
 
+def axis_words(axis: str) -> str:
+    """A mesh axis as people call it: the three parts of `tp`, where all are joined, are `tp`."""
+    return axis.replace("tp_depth+tp_row+tp_col", "tp")
+
+
 def phase_words(phase: str) -> str:
     """A phase as people call it."""
-    return f"waiting for {phase[5:]}" if phase.startswith("wait/") else PHASE_WORDS.get(phase, phase)
+    if phase.startswith("wait/"):
+        return f"waiting for {axis_words(phase[5:])}"
+    return PHASE_WORDS.get(phase, phase)
 
 
 def amount(value: float) -> str:

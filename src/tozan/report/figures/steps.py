@@ -12,7 +12,7 @@ from tozan.report.drawing import Figure, figure, rows_csv, table
 from tozan.report.history import Array, History
 from tozan.report.marks import AMBER, BLUE, GREY, INK, MUTED, RED, bare, cells, key
 from tozan.report.ranks import Ranks, Slow
-from tozan.report.words import percent, phase_words, seconds
+from tozan.report.words import axis_words, percent, phase_words, seconds
 
 MOST_ROWS = 64
 """Rows of the heat map; more ranks share rows."""
@@ -193,7 +193,7 @@ def heat_map(ranks: Ranks | None, slow: list[Slow]) -> Figure | None:
 
 
 def _short(phase: str) -> str:
-    return {"communication": "adding up", "wait/dp": "wait dp"}.get(phase, phase.replace("wait/", "wait "))
+    return {"communication": "adding up", "wait/dp": "wait dp"}.get(phase, axis_words(phase).replace("wait/", "wait "))
 
 
 def _gathered(values: Array, ranks: Array) -> tuple[Array, list[tuple[str, set[int]]]]:
@@ -227,14 +227,14 @@ def transfers(ranks: Ranks | None) -> Figure | None:
                     seconds(value), (value, place + shift), xytext=(5, 0), textcoords="offset points", va="center",
                     fontsize=9.5,
                 )  # fmt: skip
-        axes.set_yticks(range(len(axes_of)), axes_of)
+        axes.set_yticks(range(len(axes_of)), [axis_words(axis) for axis in axes_of])
         axes.invert_yaxis()
         bare(axes)
         axes.set_xlim(0, max(*moved, *waited, 1e-9) * (1.35 if narrow else 1.18))
         key(axes, [("on its way, summed over messages", GREY), ("a rank stood waiting", AMBER)], narrow)
 
     said = "; ".join(
-        f"{axis}: {seconds(long)} on the way, {seconds(short)} waited"
+        f"{axis_words(axis)}: {seconds(long)} on the way, {seconds(short)} waited"
         for axis, long, short in zip(axes_of, moved, waited, strict=True)
     )
     data = rows_csv(("axis", "transfer_seconds", "wait_seconds"), list(zip(axes_of, moved, waited, strict=True)))
