@@ -119,7 +119,14 @@ def make_collectives(path: Path) -> Path:
         for power in range(10, 27, 2):
             seconds = 60e-6 + 2**power / best
             rate = 2**power / seconds
-            own = {"operation": operation, "bytes": 2**power, "ranks": 4, "interface": "lo", "dtype": "fp32"}
+            own = {
+                "operation": operation,
+                "bytes": 2**power,
+                "ranks": 4,
+                "over": "loopback",
+                "latency": False,
+                "dtype": "fp32",
+            }
             rows.append(Row.of(f"{operation} {2**power}", "bytes/s", [0.9 * rate, rate, 1.1 * rate], **own))
     Result(kind="collectives", rows=rows, **MADE).write(path)
     return path
@@ -155,6 +162,9 @@ def planned_layout(number: int, pp: int, dp: int, tp: int) -> dict:
     seconds = 21.0 * 1.08**number
     mesh = {"pp": pp, "dp": dp, "cp": 1, "tp": tp, "grid": 0, "depth": 1}
     return {
+        "name": f"pp{pp} dp{dp} tp{tp}, micro-batch 1, ZeRO-1, recompute selective",
+        "memory_limit": 3.2e10,
+        "flops_per_device": 6.4e11 / 1.08**number,
         "layout": {**mesh, "micro_batch": 1, "chunks": 1, "zero": 1, "recompute": "selective", "offload": "none"},
         "seconds": seconds,
         "low": 0.85 * seconds,
@@ -162,7 +172,7 @@ def planned_layout(number: int, pp: int, dp: int, tp: int) -> dict:
         "days": seconds * 6,
         "breakdown": {name: share * seconds for name, share in SHARES.items()},
         "memory": MEMORY,
-        "flops_per_second": 6.4e11 / 1.08**number,
+        "flops_per_second": 96 * 6.4e11 / 1.08**number,
         "peak_share": 0.104 / 1.08**number,
         "energy": 210.0,
         "cost": None,
@@ -179,16 +189,22 @@ def make_plan(folder: Path) -> Path:
             number //= length
         places.append(place)
     curve = [{"nodes": n, "seconds": 21.0 * 96 / n * (1 + n / 900), "flops": 1e12 * n} for n in (6, 12, 24, 48, 96)]
+    schedule = schedules.create("1f1b", 4, 12)
+    steps = schedules.replay(schedule, lambda _, action: 0.4 if action.kind == "forward" else 0.8)
+    actions = [[s.stage, *s.action, s.start, s.end] for s in steps]
     sizes = ((4, 12, 2), (2, 24, 2), (8, 6, 2), (4, 24, 1))
     plan = {
         "format": "tozan plan",
         "version": 1,
-        "model": {"name": "fugaku-13b", "layers": 40, "width": 5120, "parameters": 13_000_000_000},
-        "machine": {"name": "Example torus"},
+        "model": "fugaku-13b",
+        "parameters": 13_000_000_000,
+        "shape": {"layers": 40, "width": 5120},
+        "machine": "Example torus",
+        "notes": ["The runner-up loses 1.7 s a step."],
         "nodes": 96,
         "tokens": 2.6e11,
         "layouts": [planned_layout(number, *size) for number, size in enumerate(sizes)],
-        "pipeline": {"schedule": "1f1b", "stages": 4, "microbatches": 12, "chunks": 1},
+        "pipeline": {"schedule": "1f1b", "stages": 4, "microbatches": 12, "chunks": 1, "timeline": actions},
         "torus": {"shape": TORUS, "ranks": places},
         "curves": {"strong": curve, "weak": None},
     }

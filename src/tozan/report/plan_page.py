@@ -14,11 +14,11 @@ from tozan.report.figures.plans import size
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
 from tozan.report.words import Tile, amount, percent, scaled, seconds
-from tozan.schedules import create
+from tozan.schedules import Action, Step
 
-AXES = ("pp", "dp", "cp", "tp")
 HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh", "cost")
 NOTE = "TFLOP/s are the model's, recomputation not counted, per device. Memory of the fullest device."
+PLAN_FACTS = ("machine", "nodes", "devices_per_node", "stack", "precision", "global_batch", "steps", "tried")
 Plan = dict[str, Any]
 
 
@@ -50,9 +50,9 @@ def page(path: Path) -> Page:
     """
     plan = read(path)
     best = plan["layouts"][0]
-    names = [layout_name(one["layout"]) for one in plan["layouts"]]
+    names = [name_of(one) for one in plan["layouts"]]
     rows = [_row(one, name) for one, name in zip(plan["layouts"], names, strict=True)]
-    model, machine = _name(plan["model"]), _name(plan["machine"])
+    model, machine = str(plan["model"]), str(plan["machine"])
     return Page(
         kind="tozan plan",
         title=f"{model} on {plan['nodes']:,} nodes",
@@ -60,15 +60,15 @@ def page(path: Path) -> Page:
         tiles=_tiles(plan, best),
         summary=_summary(plan, best, names),
         advice=[
-            *plan.get("advice", []),
+            *plan.get("notes", []),
             "Run it: the folder's `launch.sh` starts its `plan.toml`; `tozan report RUN --machine FILE` then sets this "
             "prediction beside the measurement.",
         ],
         figures=figures(plan),
         wide=[Table("Best layouts", rows, NOTE, HEAD)],
         facts=[
-            Table("Model", _plain(plan["model"])),
-            Table("Machine", _plain(plan["machine"])),
+            Table("Model", [("model", model), *_plain(plan.get("shape"), plan.get("parameters"))]),
+            Table("Plan", _plain({key: plan.get(key) for key in PLAN_FACTS})),
             Table("Best layout", _plain(best["layout"])),
         ],
         foot="Seconds are predicted; in 8 cases of 10 a measured step lies in the interval.",
@@ -78,30 +78,25 @@ def page(path: Path) -> Page:
 def figures(plan: Plan) -> list[Figure]:
     """Every figure that the plan has data for."""
     layouts, best = plan["layouts"], plan["layouts"][0]
-    names = [layout_name(one["layout"]) for one in layouts]
+    names = [name_of(one) for one in layouts]
     made = [plans.layouts(layouts, names), plans.breakdown(layouts, names)]
-    made.append(plans.memory(best["memory"], plan.get("available_memory"), "the fullest device"))
-    made += [_pipeline(plan, best), _torus(plan, best["layout"])]
+    made.append(plans.memory(best["memory"], best.get("memory_limit"), "the fullest device"))
+    made += [_pipeline(plan), _torus(plan, best["layout"])]
     curves = plan.get("curves") or {}
     made += [plans.curves(curves.get(kind) or [], kind) for kind in ("strong", "weak")]
     return [one for one in made if one is not None]
 
 
-def _pipeline(plan: Plan, best: Mapping[str, Any]) -> Figure | None:
-    """The timeline of the best layout's pipeline, from its breakdown: backward takes twice the forward."""
+def _pipeline(plan: Plan) -> Figure | None:
+    """The timeline of the best layout's pipeline, as the planner has replayed it."""
     table = plan.get("pipeline")
-    if not table or int(table.get("stages", 1)) < 2:
+    if not table or not table.get("timeline"):
         return None
-    try:
-        schedule = create(table["schedule"], table["stages"], table["microbatches"], int(table.get("chunks", 1)))
-    except ValueError:
-        return None
-    parts: Mapping[str, float] = best["breakdown"]
-    apart = ("bubble", "pipeline", "data", "optimizer", "noise")
-    one = sum(value for name, value in parts.items() if name not in apart) / schedule.microbatches
-    forward = float(table.get("forward", one / 3))
-    backward = float(table.get("backward", 2 * one / 3))
-    return pipeline.of_plan(schedule, forward, backward, float(table.get("backward_weight", backward / 2)))
+    steps = [
+        Step(stage, Action(kind, microbatch, chunk), start, end)
+        for stage, kind, microbatch, chunk, start, end in table["timeline"]
+    ]
+    return pipeline.of_plan(str(table["schedule"]), int(table["stages"]), int(table["microbatches"]), steps)
 
 
 def _torus(plan: Plan, layout: Mapping[str, Any]) -> Figure | None:
@@ -121,34 +116,18 @@ def _torus(plan: Plan, layout: Mapping[str, Any]) -> Figure | None:
     return plans.torus(torus["shape"], places, group, axis)
 
 
-def layout_name(layout: Mapping[str, Any]) -> str:
+def name_of(one: Mapping[str, Any]) -> str:
     """A layout in a few words: `pp8 dp32 tp4, micro-batch 1, ZeRO-1`."""
-    words = [" ".join(f"{axis}{layout[axis]}" for axis in AXES if int(layout.get(axis, 1)) > 1) or "one device"]
-    if layout.get("grid"):
-        words[0] += f" ({layout['grid']}×{layout['grid']}×{layout.get('depth', 1)})"
-    words.append(f"micro-batch {layout.get('micro_batch', 1)}")
-    if int(layout.get("chunks", 1)) > 1:
-        words.append(f"interleaved ×{layout['chunks']}")
-    if layout.get("zero"):
-        words.append(f"ZeRO-{layout['zero']}")
-    if layout.get("recompute", "none") != "none":
-        words.append(f"recompute {layout['recompute']}")
-    return ", ".join(words)
+    return str(one["name"])
 
 
-def _name(value: object) -> str:
-    return str(value.get("name", "")) if isinstance(value, dict) else str(value)
-
-
-def _plain(value: object) -> list[tuple[str, ...]]:
+def _plain(value: Mapping[str, Any] | None, parameters: int | None = None) -> list[tuple[str, ...]]:
     """The scalars of a table, as rows."""
-    if not isinstance(value, dict):
-        return [("name", str(value))]
-    return [
-        (str(name).replace("_", " "), value_text(item))
-        for name, item in value.items()
-        if isinstance(item, str | int | float)
-    ]
+    rows: list[tuple[str, ...]] = [("parameters", f"{parameters:,}")] if parameters else []
+    for name, item in (value or {}).items():
+        if isinstance(item, str | int | float):
+            rows.append((str(name).replace("_", " "), value_text(item)))
+    return rows
 
 
 def _row(one: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -159,7 +138,7 @@ def _row(one: Mapping[str, Any], name: str) -> tuple[str, ...]:
         name,
         number("seconds"),
         f"{number('low')} – {number('high')}",
-        f"{float(one['flops_per_second']) / 1e12:.3g}" if one.get("flops_per_second") else "—",
+        f"{float(one['flops_per_device']) / 1e12:.3g}" if one.get("flops_per_device") else "—",
         percent(float(one["peak_share"])) if one.get("peak_share") else "—",
         number("days"),
         size(sum(one["memory"].values())),
@@ -178,7 +157,7 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
         Tile("The run", f"{float(best['days']):,.3g} days", f"{amount(float(plan['tokens']))} tokens"),
         Tile(
             "Speed",
-            scaled(float(best["flops_per_second"]), "FLOP/s"),
+            scaled(float(best["flops_per_device"]), "FLOP/s"),
             f"per device, {percent(float(best['peak_share']))} of peak",
         ),
         Tile("Memory", size(sum(best["memory"].values())), "on the fullest device"),
@@ -191,7 +170,7 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
 def _summary(plan: Plan, best: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     low, high = (float(best[end]) / float(best["seconds"]) * float(best["days"]) for end in ("low", "high"))
     said = [
-        f"{_name(plan['model'])} trains on {amount(float(plan['tokens']))} tokens in {float(best['days']):,.3g} days "
+        f"{plan['model']} trains on {amount(float(plan['tokens']))} tokens in {float(best['days']):,.3g} days "
         f"({low:,.3g} to {high:,.3g}) on {plan['nodes']:,} nodes, laid out as {names[0]}."
     ]
     parts = sorted(best["breakdown"].items(), key=lambda item: -float(item[1]))[:3]

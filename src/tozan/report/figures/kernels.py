@@ -74,13 +74,24 @@ def roofline(result: Result) -> Figure | None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         key(axes, [(name, colours[name]) for name in precisions], narrow, -0.2)
 
+    words = _roofline_words(result, rows, precisions)
+    data = _roofline_csv(rows, x)
+    caption = (
+        f"A dot is a matrix product, as large as its share of the step's FLOPs; threads: {threads}. "
+        "Lines: what memory and multipliers allow."
+    )
+    return figure("roofline", "Roofline of the step's matrix products", words, draw, data, caption, 320.0)
+
+
+def _roofline_words(result: Result, rows: list[Row], precisions: list[str]) -> str:
+    """The rate over all products of the step by precision, weighted by their FLOPs."""
     said = []
     for name in precisions:
         mine = [row for row in rows if str(row.get("precision", "fp32")) == name]
         shares = [row.get("share") or 0.0 for row in mine]
         weight = shares if sum(shares) > 0 else [1.0] * len(mine)
         mean = sum(weight) / sum(w / rate_of(row) for w, row in zip(weight, mine, strict=True))
-        peak = peaks.get(name)
+        peak = result.peaks[name].measured if name in result.peaks else None
         said.append(
             f"{name}: {scaled(mean, 'FLOP/s')} over the step's products"
             + (f", {percent(mean / peak)} of the measured peak of {scaled(peak, 'FLOP/s')}" if peak else "")
@@ -88,43 +99,16 @@ def roofline(result: Result) -> Figure | None:
     words = "; ".join(said) + "."
     if result.bandwidth:
         words += f" Memory moves {scaled(result.bandwidth, 'B/s')}."
-    head = (
-        "name",
-        "direction",
-        "precision",
-        "threads",
-        "m",
-        "n",
-        "k",
-        "batch",
-        "flops_per_byte",
-        "flops_per_second",
-        "share_of_step",
-    )
-    data = rows_csv(
-        head,
-        [
-            (
-                row.name,
-                row.get("direction"),
-                row.get("precision"),
-                row.get("threads"),
-                row.get("m"),
-                row.get("n"),
-                row.get("k"),
-                row.get("batch", 1),
-                x[row.name],
-                rate_of(row),
-                row.get("share"),
-            )
-            for row in rows
-        ],
-    )
-    caption = (
-        f"A dot is a matrix product, as large as its share of the step's FLOPs; threads: {threads}. "
-        "Lines: what memory and multipliers allow."
-    )
-    return figure("roofline", "Roofline of the step's matrix products", words, draw, data, caption, 320.0)
+    return words
+
+
+def _roofline_csv(rows: list[Row], intensity: dict[str, float]) -> str:
+    own = ("direction", "precision", "threads", "m", "n", "k", "batch")
+    lines = [
+        (row.name, *(row.get(field) for field in own), intensity[row.name], rate_of(row), row.get("share"))
+        for row in rows
+    ]
+    return rows_csv(("name", *own, "flops_per_byte", "flops_per_second", "share_of_step"), lines)
 
 
 def slowest_products(result: Result, most: int = 12) -> list[tuple[str, ...]]:
@@ -157,19 +141,14 @@ def slowest_products(result: Result, most: int = 12) -> list[tuple[str, ...]]:
 
 def collectives(result: Result) -> Figure | None:
     """Bandwidth of each collective by the size of its message."""
-    rows = [
-        row
-        for row in result.rows
-        if result.kind in ("collectives", "doctor") and row.get("bytes") and row.get("operation")
-    ]
+    rows = [row for row in result.rows if row.unit == "bytes/s" and row.get("bytes") and row.get("operation")]
     if not rows:
         return None
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        names = [str(row[name]) for name in ("operation", "interface", "dtype") if row.get(name) is not None]
+        names = [str(row[name]) for name in ("operation", "over", "dtype") if row.get(name) is not None]
         names += [f"{row['ranks']} ranks"] if row.get("ranks") else []
-        rate = row.median if row.unit == "bytes/s" else float(row["bytes"]) / row.median
-        curves.setdefault(", ".join(names), []).append((float(row["bytes"]), rate))
+        curves.setdefault(", ".join(names), []).append((float(row["bytes"]), row.median))
     curves = {
         name: sorted(points) for name, points in sorted(curves.items(), key=lambda item: -max(r for _, r in item[1]))
     }
@@ -179,7 +158,7 @@ def collectives(result: Result) -> Figure | None:
         powers(axes)
         for colour, points in zip(SERIES, shown.values(), strict=False):
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
-        titled(axes, "bytes in a message", "bytes per second")
+        titled(axes, "bytes in a message", "bus bandwidth")
         axes.yaxis.set_major_formatter(lambda value, _: scaled(value, "B/s"))
         axes.xaxis.set_major_formatter(lambda value, _: scaled(value, "B"))
         key(axes, list(zip(shown, SERIES, strict=False)), narrow, -0.2)

@@ -86,22 +86,20 @@ def of_run(history: History, found: Timeline | None) -> Figure | None:
     return _figure("pipeline", "The pipeline, measured and planned", words, lanes, schedule.stages)
 
 
-def of_plan(schedule: Schedule, forward: float, backward: float, weights: float = 0.0) -> Figure:
+def of_plan(name: str, stages: int, microbatches: int, steps: list[Step]) -> Figure:
     """The planned step of a layout.
 
     Args:
-        schedule: what its stages do.
-        forward: seconds of one micro-batch's forward pass on one stage, all chunks.
-        backward: seconds of its whole backward pass.
-        weights: the part of it that is spent on weight gradients.
+        name: of its schedule.
+        stages: pipeline stages.
+        microbatches: of one step.
+        steps: its actions with their times.
     """
-    costs = {"forward": forward, "backward": backward, "backward_weight": weights, "backward_input": backward - weights}
-    steps = replay(schedule, lambda _, action: costs[action.kind] / schedule.chunks)
     words = (
-        f"{schedule.name}, {schedule.stages} stages, {schedule.microbatches} micro-batches: "
-        f"{seconds(max(step.end for step in steps))}, idle {percent(idle(steps, schedule.stages))}."
+        f"{name}, {stages} stages, {microbatches} micro-batches: {seconds(max(step.end for step in steps))}, idle "
+        f"{percent(idle(steps, stages))}."
     )
-    return _figure("pipeline", "The pipeline's timeline, planned", words, [("planned", steps)], schedule.stages)
+    return _figure("pipeline", "The pipeline's timeline, planned", words, [("planned", steps)], stages)
 
 
 def idle(steps: list[Step], stages: int) -> float:
