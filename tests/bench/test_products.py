@@ -15,7 +15,7 @@ from tozan.errors import UserError
 from tozan.models import create
 from tozan.models.arithmetic import Shape, model_flops
 from tozan.models.products import Product, other_flops, products
-from tozan.planner.plan import find_shape
+from tozan.planner.sizes import find_shape
 
 GPT2 = Shape("gpt2", 2, 64, 4, 4, 256, 320, 128)
 LLAMA = Shape("llama", 2, 64, 4, 2, 192, 320, 128, tied=False)

@@ -50,12 +50,12 @@ def step(job: Job, c: Candidates) -> Cost:
     microbatches = job.global_batch / (c.dp * c.micro_batch)
     send = message(job, c) * (1 - job.stack.pp_overlap)
     passes = stage.forward + stage.backward + 2 * send * c.chunks
-    uneven = job.shape.layers % (c.pp * c.chunks) != 0
-    shorter = np.where(uneven, _blocks(stage) / layers_of(job.shape, c) * c.chunks, 0.0)
-    last = passes - shorter + stage.head + np.where(c.pp == 1, stage.embedding, 0.0)
+    last = _last(job, c, stage) + 2 * send * c.chunks + stage.head + np.where(c.pp == 1, stage.embedding, 0.0)
+    if job.stack.by_cost:
+        passes = _by_cost(job, c, stage)[0] + 2 * send
     slowest = np.maximum(passes, last)
-    whole = c.pp * passes + stage.head + stage.embedding
-    whole = whole - _blocks(stage) * (c.pp - job.shape.layers / layers_of(job.shape, c))
+    whole = c.pp * 2 * send * c.chunks + stage.head + stage.embedding
+    whole = whole + _blocks(stage) * job.shape.layers / layers_of(job.shape, c)
     fill = (whole - slowest) / c.chunks
     late = np.clip(2 * stage.weights, 0, stage.forward + stage.backward) * (c.pp - 1)
     fill = np.where(c.zero_bubble > 0, np.maximum(0.0, fill - late), fill)
@@ -73,13 +73,33 @@ def step(job: Job, c: Candidates) -> Cost:
     return Cost(seconds, {name: np.broadcast_to(parts[name], seconds.shape) for name in PARTS})
 
 
+def _last(job: Job, c: Candidates, stage: Stage) -> Floats:
+    """Seconds of the blocks of the last stage: of one block less where layers do not divide evenly."""
+    if job.stack.by_cost:
+        return _by_cost(job, c, stage)[1]
+    uneven = job.shape.layers % (c.pp * c.chunks) != 0
+    shorter = np.where(uneven, _blocks(stage) / layers_of(job.shape, c) * c.chunks, 0.0)
+    return _blocks(stage) - shorter
+
+
+def _by_cost(job: Job, c: Candidates, stage: Stage) -> tuple[Floats, Floats]:
+    """Seconds of the blocks of the first and the last stage if a stage is full once its share of the cost is passed."""
+    shape = job.shape
+    head = shape.vocabulary * shape.width / sum(rows * columns for rows, columns in block_matrices(shape).values())
+    total, layers = shape.layers + head, float(shape.layers)
+    first = np.where(c.pp > 1, np.minimum(layers, np.floor(total / c.pp) + 1), layers)
+    before = np.where(c.pp > 1, np.minimum(layers, np.floor(total * (c.pp - 1) / c.pp) + 1), 0.0)
+    one = _blocks(stage) / layers_of(shape, c)
+    return first * one, (layers - before) * one
+
+
 def stages(job: Job, c: Candidates) -> Stage:
     """Seconds of a micro-batch on one stage: its blocks, or the host that issues them if that takes longer."""
     one = layer.block(job, c)
     layers = layers_of(job.shape, c) * job.stack.slowdown
     forward = layers * sum(one.forward.values())
     backward = layers * (sum(one.backward.values()) + sum(one.again.values()))
-    ahead, back = layer.operations(job)
+    ahead, back = layer.operations(job, c)
     full = np.where(c.recompute == 2, ahead, 0.0)
     gathers = 2 * layer.COLLECTIVE * (c.tp > 1)
     again = np.where(c.recompute == 2, gathers, 0)

@@ -49,6 +49,7 @@ def gemm(device: Device, precision: Precision, m: Sizes, n: Sizes, k: Sizes, bat
     return np.maximum(best, memory(device, moved)) + device.launch
 
 
-def flash(device: Device, precision: Precision, flops: Sizes) -> Floats:
-    """Seconds of fused attention that does `flops` (the causal half only)."""
-    return np.asarray(flops, dtype=float) / (device.peak[precision] * device.gemm.attention) + device.launch
+def flash(device: Device, precision: Precision, flops: Sizes, length: Sizes) -> Floats:
+    """Seconds of fused attention that does `flops` (the causal half only) over sequences of `length` tokens."""
+    slower = 1 + device.gemm.attention_half / np.asarray(length, dtype=float)
+    return np.asarray(flops, dtype=float) * slower / (device.peak[precision] * device.gemm.attention) + device.launch

@@ -19,6 +19,11 @@ from tozan.planner.stacks import Stack
 COLLECTIVE = 2.0
 """Host work of one tensor-parallel collective, in operations: an autograd function, its checks, streams and the launch.
 Fitted to calibration rows."""
+SOFTMAX_BATCHES = 4
+"""Megatron's fused softmax takes score matrices four at a time; where a rank has another number of them (samples × its
+heads), scale, mask and softmax run apart (`is_kernel_available` in megatron/model/fused_softmax.py)."""
+SOFTMAX_OPERATIONS = 6.0
+"""Operations more that it then is: scale, mask, two casts, softmax, dropout instead of one and dropout."""
 KINDS = ("matrix", "attention", "elementwise", "tensor")
 
 
@@ -89,21 +94,27 @@ def block(job: Job, c: Candidates) -> Block:
         again["attention"] = again["attention"] + np.where(selective, forward_attention, 0.0)
         again["elementwise"] = again["elementwise"] + np.where(selective, scores_element[0], 0.0)
     elif job.stack.selective == "mlp":
-        gate = 2 if job.shape.family == "llama" else 1
-        width = gate * job.shape.mlp_width
-        inner = _product(job, c, width, job.shape.width)
-        again["matrix"] = again["matrix"] + np.where(selective, inner, 0.0)
+        # Norms and activations are made again, no product is (see parallel/recompute.py).
+        again["elementwise"] = again["elementwise"] + np.where(selective, forward_element, 0.0)
     return Block(forward, backward, again, weights)
 
 
-def operations(job: Job) -> tuple[float, float]:
+def operations(job: Job, c: Candidates) -> tuple[Floats, Floats]:
     """Operations that the host issues for one block, forward and backward (counted in the programs' source).
 
     A fused block: 2 norms, 4 products with their bias, 3 to 6 for attention and its layout, 1 activation, 2 residuals,
     4 views that copy. Autograd issues about 1.7 in backward for each.
     """
     forward = 30.0 + (0 if job.stack.flash else 6) + (0 if job.stack.fused else 10)
-    return forward, 1.7 * forward
+    if job.stack.flash or not job.stack.fused:
+        return np.full(1, forward), np.full(1, 1.7 * forward)
+    found = forward + SOFTMAX_OPERATIONS * _apart(job, c)
+    return found, 1.7 * found
+
+
+def _apart(job: Job, c: Candidates) -> Floats:
+    """1 where Megatron's fused softmax does not take the number of score matrices that a rank has, else 0."""
+    return np.where(c.micro_batch * job.shape.heads / c.tp % SOFTMAX_BATCHES, 1.0, 0.0)
 
 
 def _product(job: Job, c: Candidates, outputs: int, inputs: int, kind: str = "col") -> Floats:
@@ -150,8 +161,8 @@ def _attention(job: Job, c: Candidates) -> tuple[Floats, Floats]:
     length = shape.sequence / c.cp
     if job.stack.flash:
         flops = 4 * c.micro_batch * length * shape.sequence * shape.width / c.tp / 2 / job.stack.attention_rate
-        forward = kernels.flash(device, job.precision, flops)
-        backward = kernels.flash(device, job.precision, 2.5 * flops)
+        forward = kernels.flash(device, job.precision, flops, shape.sequence)
+        backward = kernels.flash(device, job.precision, 2.5 * flops, shape.sequence)
         # A ring passes keys and values on while the pieces at hand are computed: only what is longer shows.
         moved = 2 * c.micro_batch * shape.sequence * shape.kv_width / c.tp * job.item
         ring = collectives.all_gather(job.machine, moved, c.cp, c.tp)
@@ -195,8 +206,15 @@ def _elementwise(job: Job, c: Candidates) -> tuple[Floats, Floats, tuple[Floats,
         return forward, backward, (nothing, nothing)
     scores = c.micro_batch * shape.heads / c.tp * shape.sequence**2 / c.cp * item
     keep = 2 + mask if stack.dropout else 0.0
-    ahead = kernels.memory(device, scores * (2 + keep + loose * 6)) + 2 * device.launch
-    back = kernels.memory(device, scores * (3 + keep + loose * 4)) + 2 * device.launch
+    apart = _apart(job, c) if stack.fused else loose
+    ahead = (
+        kernels.memory(device, scores * (2 + keep + apart * 6))
+        + (2 + SOFTMAX_OPERATIONS * (apart - loose)) * device.launch
+    )
+    back = (
+        kernels.memory(device, scores * (3 + keep + apart * 4))
+        + (2 + SOFTMAX_OPERATIONS * (apart - loose)) * device.launch
+    )
     return forward, backward, (ahead, back)
 
 

@@ -43,7 +43,10 @@ class Gemm(_Table):
     misaligned: Above = 1.0
     """By how much batched products (attention without fusion) are slower if they are not: no matrix units then."""
     attention: Share = 0.5
-    """Fraction of the peak that fused (flash) attention reaches."""
+    """Fraction of the peak that fused (flash) attention reaches in a very long sequence."""
+    attention_half: Annotated[float, Field(ge=0.0)] = 0.0
+    """Length of a sequence at which it reaches half of that: tiles on the diagonal are computed whole, and start and
+    end of a row of tiles count."""
 
 
 class Device(_Table):
@@ -151,6 +154,59 @@ class Economy(_Table):
     """Seconds from a failure to the next step."""
 
 
+class Trainer(_Table):
+    """What tozan's own operations take on one rank, as `tozan bench calibrate` measured them (see `bench.units`).
+
+    Coefficients are seconds, in order per: FLOP, weight, activation read or written, and call (`linear`); element and
+    call (`norm`, `gelu`, `swiglu`); FLOP, score, element and sample (`attention`); FLOP, logit, weight and call
+    (`head`); activation, weight and call (`embedding`); parameter (`optimizer`).
+    """
+
+    precision: Precision
+    """Compute type of the run."""
+    threads: Natural
+    """Threads of the rank, while the other cores are as busy."""
+    linear_forward: tuple[float, float, float, float]
+    """A linear layer, casts included."""
+    linear_backward: tuple[float, float, float, float]
+    """Its two gradients, added to `.grad`."""
+    norm_forward: tuple[float, float]
+    """A residual sum and the norm after it."""
+    norm_backward: tuple[float, float]
+    """Its gradients."""
+    gelu_forward: tuple[float, float]
+    """GELU."""
+    gelu_backward: tuple[float, float]
+    """Its gradient."""
+    swiglu_forward: tuple[float, float]
+    """SiLU times its gate."""
+    swiglu_backward: tuple[float, float]
+    """Its gradients."""
+    attention_forward: tuple[float, float, float, float]
+    """Attention between its two products."""
+    attention_backward: tuple[float, float, float, float]
+    """Its gradients."""
+    head: tuple[float, float, float, float]
+    """Output head and loss, both ways."""
+    embedding: tuple[float, float, float]
+    """Embedding, both ways."""
+    optimizer: tuple[float]
+    """Norm, clipping and AdamW."""
+
+
+class Measured(_Table):
+    """A collective between ranks of one node, as measured: latency + bytes sent by a rank / rate."""
+
+    operation: Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
+    """Which, by its name in the ledger."""
+    ranks: Natural
+    """How many talked."""
+    latency: Annotated[float, Field(ge=0.0)]
+    """Seconds of one with next to no bytes."""
+    rate: Above
+    """Bytes/s that a rank sends, all of them sending at once."""
+
+
 class Machine(_Table):
     """A whole machine."""
 
@@ -164,6 +220,12 @@ class Machine(_Table):
     host: Host = Host()
     noise: Noise = Noise()
     economy: Economy = Economy()
+    cores: Annotated[int, Field(ge=0)] = 0
+    """Cores of a node that ranks share; 0 where each rank has a device of its own."""
+    trainer: tuple[Trainer, ...] = ()
+    """Measured units of the trainer, one table per number of threads; without them a step is priced from the device."""
+    collectives: tuple[Measured, ...] = ()
+    """Measured collectives between the ranks of a node."""
     spread: Above = 0.08
     """Standard deviation of log(measured / predicted) for runs like those it was calibrated on."""
     sources: dict[str, str]

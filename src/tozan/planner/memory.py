@@ -91,10 +91,10 @@ def block_activations(job: Job, c: Candidates) -> Floats:
 
 def kept_activations(job: Job, c: Candidates) -> Floats:
     """Bytes that one block keeps under the candidate's recomputation."""
-    outside, inside, scores, inner = _tensors(job, c)
+    outside, inside, scores, light = _tensors(job, c)
     entry = layer.tokens(job, c) * job.shape.width * (job.stack.residual_bytes or job.item)
     entry = entry / np.where(c.grid > 0, c.tp, 1)
-    less = inner if job.stack.selective == "mlp" else scores
+    less = light if job.stack.selective == "mlp" else scores
     selective = outside + inside + scores - less
     return np.choose(
         c.recompute,
@@ -106,7 +106,9 @@ def kept_activations(job: Job, c: Candidates) -> Floats:
 
 
 def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats, Floats]:
-    """Kept bytes of one block: outside tensor parallelism, inside it, of the scores, and of the MLP's inner part.
+    """Kept bytes of one block: outside tensor parallelism, inside it, of the scores, and what is light to make again.
+
+    The last is what tozan's selective recomputation gives up: the norms' outputs and the activation's.
 
     Outside: inputs of two norms, inputs of the two products after them, two dropout masks of one byte. Inside: q, k, v,
     the context, and the MLP's inner tensors (2 for
@@ -118,11 +120,13 @@ def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats, Floats]:
     outside = stream * (2 * (stack.residual_bytes or item) + 2 * item + (2 if stack.dropout else 0)) / split
     tensors = (3 if stack.fused else 4) if shape.family == "llama" else 2
     inner = stream * item * tensors * shape.mlp_width / shape.width / c.tp
+    casts = stream * item * (1 if shape.family == "llama" else 2) / split
+    light = casts + stream * item * shape.mlp_width / shape.width / c.tp
     inside = stream * item * (2 + 2 * shape.kv_width / shape.width) / c.tp + inner
     if stack.flash:
-        return outside, inside, 4.0 * layer.tokens(job, c) * shape.heads / c.tp, inner
+        return outside, inside, 4.0 * layer.tokens(job, c) * shape.heads / c.tp, light
     pairs = c.micro_batch * shape.heads * shape.sequence * shape.sequence / c.cp / c.tp
-    return outside, inside, pairs * (2 * item + 1 if stack.dropout else item), inner
+    return outside, inside, pairs * (2 * item + 1 if stack.dropout else item), light
 
 
 def in_flight(job: Job, c: Candidates) -> tuple[Floats, Floats]:

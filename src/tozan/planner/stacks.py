@@ -37,7 +37,9 @@ class Stack:
         measured: runs of this stack are among the published tables; otherwise intervals are wider.
         loss_sync: every micro-batch ends in a tiny reduction over all replicas (Megatron averages the loss), so that
             everyone waits for the slowest each time and not once a step.
-        selective: what `selective` recomputes: the attention core (Megatron) or the MLP's inner part (tozan).
+        selective: what `selective` recomputes: the attention core (Megatron), or norms and activations (tozan).
+        by_cost: pipeline stages are cut so that the output head counts as the layers it costs as much as (nanotron's
+            `get_block_compute_costs`); otherwise by number of layers.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Stack:
     measured: bool = True
     loss_sync: bool = True
     selective: Literal["attention", "mlp"] = "attention"
+    by_cost: bool = False
 
 
 MEGATRON_2020 = Stack("Megatron-LM 2020", scatter_gather=False)
@@ -93,7 +96,9 @@ FSDP_COMPILED = Stack(
     "PyTorch FSDP, compiled", flash=True, dropout=False, logits_bytes=20, dp_overlap=0.9, loss_sync=False
 )
 ZERO_2021 = Stack("DeepSpeed ZeRO-3", dp_overlap=0.5, gradient_bytes=2, zero_rate=0.75, slowdown=1.25)
-NANOTRON = Stack("nanotron", flash=True, dropout=False, fused=False, logits_bytes=30, wire_bytes=4, dp_overlap=0.5)
+NANOTRON = Stack(
+    "nanotron", flash=True, dropout=False, fused=False, logits_bytes=30, wire_bytes=4, dp_overlap=0.5, by_cost=True
+)
 MAXTEXT = Stack("MaxText", flash=True, dropout=False, dp_overlap=0.9, loss_sync=False)
 FUGAKU_2022 = Stack(
     "Megatron-DeepSpeed on Fugaku, fp32",
@@ -108,6 +113,7 @@ FUGAKU_2022 = Stack(
 TOZAN = Stack(
     "tozan",
     flash=True,
+    fused=False,
     dropout=False,
     parameter_bytes=4,
     gradient_bytes=4,
