@@ -1,30 +1,28 @@
 """Measures this machine and writes it as a machine file for `tozan plan`.
 
-A minute of micro-benchmarks: matrix products of a training step's shapes on random operands, fused attention,
-element-wise work, memory bandwidth, the cost of issuing an operation, and gloo all-reduce between local processes. What
-they measure are the numbers that `tozan.planner.machine` asks for, no more.
+A minute or two of micro-benchmarks: matrix products of a training step's shapes on random operands, fused attention,
+element-wise work, memory bandwidth and the cost of issuing an operation; the trainer's own units (`units`), with all
+threads and with one on every core at once; collectives between 2, 4 and 8 local ranks (`between`). What they measure
+are the numbers that `tozan.planner.machine` asks for, no more.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import socket
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
+from tozan.bench import between, units
+from tozan.bench.measure import cores as cores_here
 from tozan.train.machine import keep_freed_memory
 
 SHAPES = (
@@ -53,9 +51,10 @@ class Measured:
         bandwidth: of a large copy, read and written bytes counted.
         elementwise: share of it that GELU reaches.
         launch: seconds to issue a tiny operation.
-        all_reduce: bus bandwidth between `ranks` local processes, or `None`.
-        latency: of a tiny all-reduce between them.
-        ranks: local processes of the all-reduce.
+        cores: that this process may use.
+        resident: bytes of memory of a rank that holds no model yet.
+        trainer: the trainer's units, one table per number of threads, as machine files have them.
+        collectives: rows of operation, ranks, latency and rate, as machine files have them.
     """
 
     peak: dict[str, float]
@@ -65,28 +64,29 @@ class Measured:
     bandwidth: float
     elementwise: float
     launch: float
-    all_reduce: float | None
-    latency: float
-    ranks: int
+    cores: int
+    resident: float
+    trainer: list[dict[str, Any]]
+    collectives: list[dict[str, Any]]
 
 
-def calibrate(out: Path, ranks: int = 2, seconds: float = 0.3, shrink: int = 1) -> Measured:
+def calibrate(out: Path, worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shrink: int = 1) -> Measured:
     """Measure this machine and write `out`, a machine file.
 
     Args:
         out: file to write.
-        ranks: local processes for the all-reduce; 1 leaves it out.
+        worlds: numbers of local ranks whose collectives are measured; none leaves them out.
         seconds: time spent on each measurement.
         shrink: divides all sizes, for a rough and quick answer.
     """
-    found = measure(ranks, seconds, shrink)
+    found = measure(worlds, seconds, shrink)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(toml(found), encoding="utf-8")
     return found
 
 
-def measure(ranks: int = 2, seconds: float = 0.3, shrink: int = 1) -> Measured:
-    """Run all micro-benchmarks in this process (and, for the all-reduce, in `ranks` others)."""
+def measure(worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shrink: int = 1) -> Measured:
+    """Run all micro-benchmarks in this process, and those of several ranks in others."""
     keep_freed_memory()
     shapes = [(m // shrink, n // shrink, k // shrink) for m, n, k in (*SHAPES, SQUARE)]
     rates = {name: [_gemm(dtype, *shape, seconds) for shape in shapes] for name, dtype in DTYPES.items()}
@@ -99,7 +99,12 @@ def measure(ranks: int = 2, seconds: float = 0.3, shrink: int = 1) -> Measured:
     tiny = torch.ones(4)
     x = torch.randn(4096 // shrink, 3072, dtype=torch.bfloat16)
     gelu = 2 * x.numel() * x.element_size() / _time(lambda: F.gelu(x, approximate="tanh"), seconds)
-    bus, latency = (None, 0.0) if ranks < 2 else _all_reduce(ranks)
+    cores = cores_here()
+    torch.set_num_threads(cores)
+    trainer = [{"threads": cores, "precision": best, **units.measure(best, seconds / 2, shrink)}]
+    if cores > 1 and worlds:
+        trainer.append({"threads": 1, "precision": best, **between.crowd(best, seconds / 2, shrink)})
+    rows, resident = between.together(worlds, shrink) if worlds else ([], float(psutil.Process().memory_info().rss))
     return Measured(
         peak,
         min(1.0, sum(work) / spent / peak[best]),
@@ -108,9 +113,10 @@ def measure(ranks: int = 2, seconds: float = 0.3, shrink: int = 1) -> Measured:
         copy,
         min(1.0, gelu / copy),
         _time(lambda: tiny + tiny, seconds / 10),
-        bus,
-        latency,
-        ranks,
+        cores,
+        resident,
+        trainer,
+        rows,
     )
 
 
@@ -119,16 +125,19 @@ def toml(found: Measured) -> str:
     numbers = ", ".join(f"{name} = {rate:.4g}" for name, rate in found.peak.items())
     source = f"measured {time.strftime('%Y-%m-%d')} by tozan bench calibrate, torch {torch.__version__}, "
     source += f"{torch.get_num_threads()} threads on {platform.processor() or platform.machine()}"
+    whole = [row["rate"] for row in found.collectives if row["operation"] == "all_reduce"]
+    bus = max(whole, default=found.bandwidth)
     lines = [
         "# This machine, one rank with all threads; written by tozan bench calibrate.",
         'name = "this machine"',
         "nodes = 1",
+        f"cores = {found.cores}",
         "spread = 0.15",
         "",
         "[device]",
         'kind = "cpu"',
         f"memory = {psutil.virtual_memory().total:.4g}",
-        "reserve = 6e8",
+        f"reserve = {found.resident:.4g}",
         f"bandwidth = {found.bandwidth:.4g}",
         f"bandwidth_efficiency = {found.elementwise:.3f}",
         f"peak = {{ {numbers} }}",
@@ -141,8 +150,7 @@ def toml(found: Measured) -> str:
         "",
         "[node]",
         "devices = 1",
-        f"bandwidth = {found.all_reduce or found.bandwidth:.4g}",
-        f"latency = {found.latency:.3g}",
+        f"bandwidth = {bus:.4g}",
         "",
         "[network]",
         "bandwidth = 1e9",
@@ -151,7 +159,17 @@ def toml(found: Measured) -> str:
         f'all = "{source}; peak is the best measured product, network is assumed"',
         "",
     ]
+    for name, tables in (("trainer", found.trainer), ("collectives", found.collectives)):
+        for table in tables:
+            lines += [f"[[{name}]]", *(f"{key} = {_value(value)}" for key, value in table.items()), ""]
     return "\n".join(lines)
+
+
+def _value(value: object) -> str:
+    """A name, a number or a list of numbers as TOML."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _half_length(long_rate: float, short_rate: float, long: int, short: int) -> float:
@@ -193,35 +211,3 @@ def _bandwidth(seconds: float, shrink: int) -> float:
     """Bytes/s of copying 256 MB, read and written bytes counted."""
     source, target = torch.ones(2**26 // shrink), torch.empty(2**26 // shrink)
     return 2 * source.numel() * 4 / _time(lambda: target.copy_(source), seconds)
-
-
-def _all_reduce(ranks: int) -> tuple[float, float]:
-    """Bus bandwidth of a 32 MB all-reduce between local processes over gloo, and seconds of a tiny one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "seconds.json"
-        mp.spawn(_all_reduce_rank, (ranks, port, answer), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
-        large, tiny = json.loads(answer.read_text(encoding="utf-8"))
-    return 2 * (ranks - 1) / ranks * 2**25 / large, tiny
-
-
-def _all_reduce_rank(rank: int, ranks: int, port: int, answer: Path) -> None:
-    """One process of the all-reduce; rank 0 writes the medians."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    method = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timedelta(minutes=1))
-    times = []
-    for size in (2**23, 8):
-        buffer = torch.ones(size)
-        every = []
-        for _ in range(8):
-            dist.barrier()
-            begin = time.perf_counter()
-            dist.all_reduce(buffer)
-            every.append(time.perf_counter() - begin)
-        times.append(median(every))
-    if rank == 0:
-        answer.write_text(json.dumps(times), encoding="utf-8")
-    dist.destroy_process_group()

@@ -77,11 +77,13 @@ class Books:
 
     Attributes:
         sent: bytes by (axis, operation, name).
+        calls: how many operations they are.
     """
 
     def __init__(self, trip: Trip, rank: int) -> None:
         self.trip, self.shape = trip, trip.shape
         self.sent: Counter[Key] = Counter()
+        self.calls: Counter[Key] = Counter()
         self.here = trip.layout.coordinates(rank)
         self._rank = rank
 
@@ -109,6 +111,7 @@ class Books:
         """Book an operation; an axis of one rank has none."""
         if axis.size > 1:
             self.sent[axis.name, operation, name] += sent * times
+            self.calls[axis.name, operation, name] += times
 
     def all_reduce(
         self, axis: Line, name: str, elements: int, item: int, times: int = 1, ordered: bool = False

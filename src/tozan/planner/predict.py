@@ -13,7 +13,7 @@ from tozan.config.schema import Config
 from tozan.errors import Problem, UserError
 from tozan.layout import Layout
 from tozan.models.arithmetic import Shape, resolve
-from tozan.planner import costs, stacks, traffic
+from tozan.planner import costs, local, stacks, traffic
 from tozan.planner.books import Key, Trip
 from tozan.planner.candidates import Candidates, candidates
 from tozan.planner.intervals import bounds
@@ -21,6 +21,7 @@ from tozan.planner.kernels import ITEM
 from tozan.planner.layer import Job
 from tozan.planner.machine import Machine, load
 from tozan.planner.memory import memory
+from tozan.planner.resident import resident
 
 RANKS_SUMMED = 512
 """Ranks up to which the bytes of all are added up one by one; of larger worlds that many evenly spaced ones stand
@@ -72,17 +73,22 @@ def predict(config: Config, machine: Path | str | Machine) -> Prediction:
     found = machine if isinstance(machine, Machine) else load(str(machine))
     trip = trip_of(config)
     job, layout = job_of(config, trip, found), candidate_of(config)
-    cost, held = costs.step(job, layout), memory(job, layout)
+    held = {name: float(np.broadcast_to(value, 1)[0]) for name, value in memory(job, layout).parts.items()}
     # fp64 is no precision of machine files: fp32 at half the speed, and twice the bytes.
     factor = 2.0 if config.train.precision == "fp64" else 1.0
-    seconds = factor * float(cost.seconds[0])
-    low, high = bounds(found, seconds, measured=job.stack.measured)
+    measured = local.trainer(found, job.precision, trip.layout.world_size) is not None
+    if measured:
+        phases, held = local.step(trip, found, job.precision), resident(trip, found)
+    else:
+        phases = {name: float(value[0]) for name, value in costs.step(job, layout).parts.items()}
+    seconds = factor * sum(phases.values())
+    low, high = bounds(found, seconds, measured=measured)
     return Prediction(
         seconds,
         low,
         high,
-        {name: factor * float(value[0]) for name, value in cost.parts.items()},
-        {name: factor * float(np.broadcast_to(value, 1)[0]) for name, value in held.parts.items()},
+        {name: factor * value for name, value in phases.items()},
+        held if measured else {name: factor * value for name, value in held.items()},
         total_bytes(trip),
         trip,
     )

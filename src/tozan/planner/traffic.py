@@ -21,12 +21,21 @@ def sent(trip: Trip, rank: int) -> Counter[Key]:
     Raises:
         ValueError: no such rank.
     """
-    books = Books(trip, rank)
-    traffic_model.passes(books)
-    _messages(books)
-    _replicas(books)
-    _bookkeeping(books)
-    return +books.sent
+    return +books(trip, rank).sent
+
+
+def books(trip: Trip, rank: int) -> Books:
+    """The ledger of a rank's step, with the number of operations.
+
+    Raises:
+        ValueError: no such rank.
+    """
+    found = Books(trip, rank)
+    traffic_model.passes(found)
+    _messages(found)
+    _replicas(found)
+    _bookkeeping(found)
+    return found
 
 
 def _messages(books: Books) -> None:

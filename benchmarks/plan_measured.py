@@ -1,0 +1,169 @@
+"""Predicted against measured on this machine: step time, peak memory and bytes of real layouts of up to 8 ranks.
+
+    python benchmarks/plan_measured.py                         calibrates first (2 minutes), then runs every layout
+    python benchmarks/plan_measured.py --machine mine.toml     with a machine file of `tozan bench calibrate`
+    python benchmarks/plan_measured.py --only gpt2             those whose name has this in it
+
+Every rank takes the trainer's own steps (the first is a warm-up) and leaves its times, its ledger and its largest
+resident set, read before anything is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tozan import data
+from tozan.config import Config, load
+from tozan.planner import Prediction, predict
+
+SHAPES = {
+    "gpt2-124m": ["--model.preset=gpt2-124m", "--train.global_batch=4", "--train.micro_batch=2", "--train.steps=3"],
+    "gpt2-6x384": [
+        *("--model.layers=6", "--model.width=384", "--model.heads=6", "--model.sequence=512"),
+        *("--train.global_batch=8", "--train.micro_batch=2", "--train.steps=5"),
+    ],
+    "llama-8x512": [
+        *("--model.family=llama", "--model.layers=8", "--model.width=512", "--model.heads=8", "--model.tied=false"),
+        *("--model.sequence=256", "--train.global_batch=16", "--train.micro_batch=2", "--train.steps=5"),
+    ],
+    "gpt2-4x256": [
+        *("--model.layers=4", "--model.width=256", "--model.heads=4", "--model.sequence=256"),
+        *("--train.global_batch=32", "--train.micro_batch=4", "--train.steps=6"),
+    ],
+}
+"""Four models, each with its batch."""
+
+
+def layout(**table: object) -> list[str]:
+    """Flags of a layout."""
+    return [f"--layout.{key}={str(value).lower()}" for key, value in table.items()]
+
+
+RUNS = [
+    ("gpt2-124m", "one process", []),
+    ("gpt2-124m", "dp2", layout(data=2)),
+    ("gpt2-124m", "tp2", layout(tensor=2)),
+    ("gpt2-6x384", "one process", []),
+    ("gpt2-6x384", "dp2 zero1", layout(data=2, zero=1)),
+    ("gpt2-6x384", "pp2", layout(pipeline=2)),
+    ("gpt2-6x384", "tp2 full recompute", [*layout(tensor=2), "--train.recompute=full"]),
+    ("llama-8x512", "tp2 seq", layout(tensor=2, sequence_parallel=True)),
+    ("llama-8x512", "dp4 zero3", layout(data=4, zero=3)),
+    ("llama-8x512", "pp2 zero-bubble", layout(pipeline=2, schedule="zero-bubble")),
+    ("llama-8x512", "dp2 tp2", layout(data=2, tensor=2)),
+    ("gpt2-4x256", "tp4 2d", layout(tensor=4, scheme="2d")),
+    ("gpt2-4x256", "pp4 interleaved", layout(pipeline=4, schedule="1f1b")),
+    ("gpt2-4x256", "dp8", layout(data=8)),
+    ("gpt2-4x256", "dp2 tp2 pp2", layout(data=2, tensor=2, pipeline=2)),
+]
+"""Model, name and flags of every run."""
+
+
+def take_steps(path: Path, flags: list[str]) -> None:
+    """One rank: the run's steps, and what they took."""
+    from tozan.comm.launch import join
+    from tozan.train.faults import StopSignal
+    from tozan.train.loop import advance
+    from tozan.train.metrics import Clock
+    from tozan.train.run import assemble
+    from tozan.train.split import mesh_layout
+    from tozan.train.step import train_step
+
+    loaded = load(path, flags)
+    with join(mesh_layout(loaded.config), timeout_s=600) as mesh:
+        run = assemble(loaded, mesh)
+        clock, times = Clock(lambda: None, mesh.ledger), []
+        with StopSignal(mesh) as stop:
+            for _ in range(loaded.config.train.steps):
+                begin = time.perf_counter()
+                stop.agreed()
+                advance(run, train_step(run, clock))
+                times.append(time.perf_counter() - begin)
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        mesh.ledger.write(run.folder / f"ledger-{mesh.rank}.jsonl", mesh.rank)
+        result = {"seconds": statistics.median(times[1:]), "peak": peak}
+        (run.folder / f"result-{mesh.rank}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def measure(path: Path, flags: list[str], config: Config) -> tuple[float, float, bool, Prediction]:
+    """Seconds and peak bytes of a run, and whether every rank sent what was forecast for it."""
+    ranks, folder = config.layout.processes, Path(config.run.folder)
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--log-dir", str(folder / "log")]
+    command += [__file__, "--take-steps", str(path), "--flags", json.dumps(flags)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    results = [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(ranks)]
+    forecast = predict(config, MACHINE[0])
+    same = True
+    for rank in range(ranks):
+        lines = map(json.loads, (folder / f"ledger-{rank}.jsonl").read_text().splitlines())
+        found = {(x["axis"], x["operation"], x["name"]): x["bytes"] for x in lines if x["bytes"]}
+        same &= found == {key: config.train.steps * sent for key, sent in forecast.traffic(rank).items()}
+    return results[0]["seconds"], max(one["peak"] for one in results), same, forecast
+
+
+MACHINE: list[Path] = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", type=Path, help="default: calibrate now")
+    parser.add_argument("--only", default="", help="part of a run's name")
+    parser.add_argument("--take-steps", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--flags", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.take_steps:
+        take_steps(options.take_steps, json.loads(options.flags))
+        return
+    with tempfile.TemporaryDirectory() as base:
+        compare(Path(base), options.machine, options.only)
+
+
+def compare(base: Path, machine: Path | None, only: str) -> None:
+    """Run every layout, and print its line."""
+    if machine is None:
+        from tozan.bench.calibrate import calibrate
+
+        machine = base / "machine.toml"
+        begin = time.perf_counter()
+        calibrate(machine)
+        print(f"calibrated in {time.perf_counter() - begin:.0f} s", flush=True)
+    MACHINE[:] = [machine]
+    data.build(data.corpus.standard_library(limit=2_000_000), base / "data", vocabulary=4096, validation=0.0)
+    path = base / "run.toml"
+    path.write_text(f'version = 1\n[data]\npath = "{base / "data"}"\n[train]\nsteps = 1\n[optim]\nlr = 1e-4\n')
+    print("model        layout               ranks  predicted  measured             MB     MB          bytes  phases")
+    errors, memories, exact = [], [], 0
+    chosen = [run for run in RUNS if only in f"{run[0]} {run[1]}"]
+    for number, (model, name, extra) in enumerate(chosen):
+        flags = [*SHAPES[model], *extra, f"--run.folder={base / str(number)}"]
+        config = load(path, flags).config
+        seconds, peak, same, forecast = measure(path, flags, config)
+        held = sum(forecast.memory.values())
+        errors.append(forecast.seconds / seconds - 1)
+        memories.append(held / peak - 1)
+        exact += same
+        print(
+            f"{model:12} {name:20} {config.layout.processes:5d}  {forecast.seconds:8.3f}s {seconds:8.3f}s "
+            f"{errors[-1]:+7.1%}  {held / 1e6:6.0f} {peak / 1e6:6.0f} {memories[-1]:+7.1%}  "
+            f"{'exact' if same else 'OTHER'}  " + " ".join(f"{k} {v:.3f}" for k, v in forecast.phases.items() if v > 0),
+            flush=True,
+        )
+    within = sum(abs(error) <= 0.10 for error in errors)
+    print(f"step time within 10%: {within} of {len(errors)}, mean {statistics.fmean(map(abs, errors)):.1%}")
+    near = sum(abs(error) <= 0.05 for error in memories)
+    print(f"peak memory within 5%: {near} of {len(memories)}, mean {statistics.fmean(map(abs, memories)):.1%}")
+    print(f"bytes exact: {exact} of {len(chosen)}")
+
+
+if __name__ == "__main__":
+    main()

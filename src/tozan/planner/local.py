@@ -1,0 +1,205 @@
+"""Seconds of a step on a machine whose trainer was measured: the units of `bench.units` added up, rank by rank.
+
+Ranks of one node share its cores. Where there are more ranks than cores a core runs several in turn, so that its time
+is the sum of theirs, and one that waits costs nothing; with fewer, pipeline stages do wait, as the schedule's replay
+says. Collectives are moved by the same cores, so none of their time hides behind computation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tozan.layout import split_layers
+from tozan.models.arithmetic import Shape, block_matrices
+from tozan.planner import traffic
+from tozan.planner.books import Trip, held, units
+from tozan.planner.machine import Machine, Precision, Trainer
+from tozan.schedules import Action, create, replay
+
+PHASES = ("forward", "backward", "optimizer", "bubble", "communication")
+"""What a step is made of here; communication is by axis, as `communication/dp`."""
+NORMS, ROWS = 2, ("attn.proj", "mlp.proj", "mlp.down")
+"""Norms of a block; matrices whose inputs 1D tensor parallelism splits."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of one rank: of a micro-batch's blocks and ends, and of what comes once per step."""
+
+    forward: float
+    backward: float
+    ends: float
+    step: float
+
+
+def trainer(machine: Machine, precision: str, ranks: int) -> Trainer | None:
+    """The units measured with as many threads as a rank would have, or the nearest number; `None` if there are none."""
+    threads = max(1, machine.cores // ranks)
+    known = [found for found in machine.trainer if found.precision == precision]
+    return min(known, key=lambda found: abs(found.threads - threads)) if known else None
+
+
+def step(trip: Trip, machine: Machine, precision: Precision) -> dict[str, float]:
+    """Seconds of a step by phase; they add up to the whole.
+
+    Args:
+        trip: the run.
+        machine: with measured units for the precision.
+        precision: compute type.
+
+    Raises:
+        ValueError: no units for this precision.
+    """
+    layout, cores = trip.layout, max(1, machine.cores)
+    world = layout.world_size
+    found = trainer(machine, precision, world)
+    if found is None:
+        raise ValueError(f"{machine.name} has no measured units for {precision}")
+    works = [_work(trip, found, machine, rank) for rank in range(world)]
+    per_core = [works[core::cores] for core in range(min(cores, world))]
+    whole = max(sum(_compute(trip, work) for work in ranks) for ranks in per_core)
+    longest = max(_pipeline(trip, works), whole)
+    slowest = max(per_core, key=lambda ranks: sum(_compute(trip, work) for work in ranks))
+    # The head makes its gradients with the loss: nearly all of the ends is forward.
+    forward = trip.accumulate * sum(work.forward + work.ends for work in slowest)
+    once = max(sum(work.step for work in ranks) for ranks in per_core)
+    phases = {"forward": forward, "backward": whole - forward, "optimizer": once, "bubble": longest - whole}
+    return phases | _communication(trip, machine)
+
+
+def _compute(trip: Trip, work: Work) -> float:
+    """Seconds that a rank computes in the passes of a step."""
+    return trip.accumulate * (work.forward + work.backward + work.ends)
+
+
+def _pipeline(trip: Trip, works: list[Work]) -> float:
+    """Seconds until the last stage is done, by the replay of the schedule; 0 without stages."""
+    stages = trip.layout.pp
+    if stages == 1:
+        return 0.0
+    schedule = create(trip.schedule, stages, trip.accumulate, trip.chunks)
+    of_stage = [works[stage * trip.layout.stride("pp")] for stage in range(stages)]
+
+    def seconds(stage: int, action: Action) -> float:
+        work = of_stage[stage]
+        end = stage == stages - 1 and action.chunk == trip.chunks - 1
+        if action.kind == "forward":
+            return work.forward / trip.chunks + (work.ends if end else 0.0)
+        return work.backward / trip.chunks / (1 if action.kind == "backward" else 2)
+
+    return max(one.end for one in replay(schedule, seconds))
+
+
+def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
+    """The seconds of a rank."""
+    here, shape = trip.layout.coordinates(rank), trip.shape
+    pieces = split_layers(shape.layers, trip.layout.pp, trip.chunks)[here["pp"]]
+    blocks = sum(map(len, pieces))
+    forward, backward, again = _block(trip, unit)
+    ends, last = 0.0, trip.layout.pp - 1
+    tokens, columns = _tokens(trip), shape.vocabulary // trip.layout.sizes["tp_col"]
+    width = shape.width // (trip.layout.grid if trip.layout.scheme != "1d" else 1)
+    table = _dot(unit.embedding, tokens * width, columns * width, 1)
+    head = _dot(unit.head, 6.0 * tokens * shape.width * columns, tokens * columns, columns * width, 1)
+    if here["pp"] == 0:
+        ends += table
+    if here["pp"] == last:
+        ends += head + _dot(unit.norm_forward, tokens * width, 1) + _dot(unit.norm_backward, tokens * width, 1)
+        if last and shape.tied:
+            ends += table + 2 / 3 * head
+    return Work(blocks * forward, blocks * (backward + again), ends, _once(trip, unit, machine, here))
+
+
+def _once(trip: Trip, unit: Trainer, machine: Machine, here: dict[str, int]) -> float:
+    """Seconds of the optimizer, and of packing gradients for the wire: each is read and written once."""
+    elements = sum(held(trip, here).values())
+    share = (trip.zero_group or trip.layout.dp) if trip.zero else 1
+    packed = 0.0
+    if trip.layout.dp > 1:
+        often = trip.accumulate if (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2 else 1
+        moved = sum(packing.total for _, packing in units(trip, here)) * trip.state_item
+        packed = often * 2 * moved / machine.device.bandwidth * max(1, min(machine.cores, trip.layout.world_size))
+    return unit.optimizer[0] * elements / share + packed
+
+
+def _tokens(trip: Trip) -> int:
+    """Tokens of a micro-batch on one rank: grids of 2D and 2.5D split samples."""
+    tokens = trip.micro_batch * trip.shape.sequence
+    return tokens if trip.layout.scheme == "1d" else tokens // (trip.layout.grid * trip.layout.tp_depth)
+
+
+def _block(trip: Trip, unit: Trainer) -> tuple[float, float, float]:
+    """Seconds of one block for one micro-batch: forward, backward, and what recomputation repeats."""
+    shape, layout = trip.shape, trip.layout
+    tokens, parts = _tokens(trip), layout.sizes["tp_col"]
+    grid = layout.grid if layout.scheme != "1d" else 0
+    forward, backward = 0.0, 0.0
+    for name, (outputs, inputs) in block_matrices(shape).items():
+        row = name in ROWS
+        i = inputs // parts if grid or row else inputs
+        o = outputs // parts if grid or not row else outputs
+        terms = 2.0 * tokens * i * o, i * o, tokens * (i + o), 1
+        forward += max(1, grid) * _dot(unit.linear_forward, *terms)
+        backward += max(1, grid) * _dot(unit.linear_backward, *terms)
+    stream = tokens * shape.width // (layout.tp if trip.sequence_parallel else max(1, grid))
+    inner = tokens * shape.mlp_width // parts
+    gated = shape.family == "llama"
+    norm = _dot(unit.norm_forward, stream, 1)
+    act = _dot(unit.swiglu_forward if gated else unit.gelu_forward, inner, 1)
+    act_back = _dot(unit.swiglu_backward if gated else unit.gelu_backward, inner, 1)
+    pairs = _attention_terms(shape, tokens, parts)
+    forward += NORMS * norm + act + _dot(unit.attention_forward, *pairs)
+    backward += NORMS * _dot(unit.norm_backward, stream, 1) + act_back + _dot(unit.attention_backward, *pairs)
+    light = (1 if gated else 2) * norm + act
+    again = {"none": 0.0, "selective": light, "full": forward}[trip.recompute]
+    return forward, backward, again
+
+
+def _attention_terms(shape: Shape, tokens: int, parts: int) -> tuple[float, float, float, float]:
+    """FLOPs of the causal half, scores, elements and samples."""
+    samples, heads = tokens / shape.sequence, shape.heads / parts
+    rows = samples * heads * shape.sequence
+    return 2.0 * rows * shape.sequence * shape.head_size, rows * shape.sequence / 2, rows * shape.head_size, samples
+
+
+def _communication(trip: Trip, machine: Machine) -> dict[str, float]:
+    """Seconds of every axis' operations on the rank that sends most; groups that talk at once share the cores."""
+    world, cores = trip.layout.world_size, max(1, machine.cores)
+    found: dict[str, float] = {}
+    for rank in range(world):
+        books = traffic.books(trip, rank)
+        own: dict[str, float] = {}
+        for (axis, operation, name), calls in books.calls.items():
+            ranks = _ranks(trip, axis)
+            crowd = max(1.0, world / ranks * min(ranks, cores) / cores)
+            seconds = _seconds(machine, operation, ranks, calls, books.sent[axis, operation, name])
+            key = f"communication/{axis}"
+            own[key] = own.get(key, 0.0) + crowd * seconds
+        found = max(found, own, key=lambda phases: sum(phases.values()))
+    return found
+
+
+def _ranks(trip: Trip, axis: str) -> int:
+    """Ranks along an axis by its name in the ledger."""
+    if axis == "world":
+        return trip.layout.world_size
+    if axis.startswith("dp_"):
+        inside = trip.zero_group or trip.layout.dp
+        return inside if axis == "dp_shards" else trip.layout.dp // inside
+    product = 1
+    for name in axis.split("+"):
+        product *= trip.layout.size(name)
+    return product
+
+
+def _seconds(machine: Machine, operation: str, ranks: int, calls: int, sent: int) -> float:
+    """Seconds of some calls that send so many bytes in all, from what was measured with nearly as many ranks."""
+    known = [one for one in machine.collectives if one.operation == operation]
+    if not known:
+        return calls * machine.node.latency + sent / machine.node.bandwidth
+    nearest = min(known, key=lambda one: abs(one.ranks - ranks))
+    return calls * nearest.latency + sent / nearest.rate
+
+
+def _dot(coefficients: tuple[float, ...], *terms: float) -> float:
+    return sum(a * b for a, b in zip(coefficients, terms, strict=True))

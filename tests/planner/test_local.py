@@ -1,0 +1,75 @@
+"""Measured units added up: by hand for simple layouts, and what real runs hold in memory."""
+
+import dataclasses
+
+import pytest
+
+from tozan.layout import Layout
+from tozan.models.arithmetic import Shape, block_matrices
+from tozan.planner import local
+from tozan.planner.books import Trip
+from tozan.planner.machine import Machine, Measured, Trainer, load
+from tozan.planner.resident import resident
+
+SHAPE = Shape("gpt2", 4, 256, 4, 4, 1024, 2048, 128)
+UNIT = Trainer(
+    precision="bf16",
+    threads=1,
+    linear_forward=(1e-11, 0, 0, 0),
+    linear_backward=(2e-11, 0, 0, 0),
+    **{f"{name}_{way}": (0, 0) for name in ("norm", "gelu", "swiglu") for way in ("forward", "backward")},
+    attention_forward=(0, 0, 0, 0),
+    attention_backward=(0, 0, 0, 0),
+    head=(0, 0, 0, 0),
+    embedding=(0, 0, 0),
+    optimizer=(1e-9,),
+)
+
+
+def machine(cores: int) -> Machine:
+    rows = [Measured(operation=name, ranks=2, latency=1e-4, rate=1e9) for name in ("all_reduce", "send")]
+    return load("xeon-amx").model_copy(update={"cores": cores, "trainer": (UNIT,), "collectives": tuple(rows)})
+
+
+def trip(**layout: int) -> Trip:
+    return Trip(SHAPE, Layout(**layout), micro_batch=2, accumulate=4, item=2)
+
+
+def products() -> float:
+    """FLOPs of one micro-batch's forward products in all blocks."""
+    return 2 * 2 * 128 * 4 * sum(rows * columns for rows, columns in block_matrices(SHAPE).values())
+
+
+def test_one_rank_is_its_products_and_its_optimizer():
+    phases = local.step(trip(), machine(1), "bf16")
+    assert phases["forward"] == pytest.approx(4 * products() * 1e-11)
+    assert phases["backward"] == pytest.approx(4 * products() * 2e-11)
+    assert set(phases) == {"forward", "backward", "optimizer", "bubble"}
+
+
+def test_ranks_that_share_a_core_take_turns():
+    """Two stages on one core do the work of one rank, without a bubble; on two cores they wait as 1F1B does."""
+    alone, shared, apart = (local.step(trip(pp=pp), machine(cores), "bf16") for pp, cores in ((1, 1), (2, 1), (2, 2)))
+    work = alone["forward"] + alone["backward"]
+    assert shared["forward"] + shared["backward"] == pytest.approx(work)
+    assert shared["bubble"] == pytest.approx(0)
+    assert apart["bubble"] == pytest.approx(work / 2 / 4)
+
+
+def test_communication_is_what_the_ledger_counts_at_the_measured_rate():
+    from tozan.planner import traffic
+
+    phases = local.step(trip(tp=2), machine(2), "bf16")
+    books = traffic.books(trip(tp=2), 0)
+    sent = sum(
+        sent for (axis, operation, _), sent in books.sent.items() if (axis, operation) == ("world", "all_reduce")
+    )
+    assert phases["communication/world"] == pytest.approx(1e-4 + sent / 1e9)
+
+
+def test_more_is_held_with_more_at_once():
+    held = [sum(resident(dataclasses.replace(trip(), **change), machine(1)).values()) for change in (
+        {"recompute": "full"}, {"recompute": "selective"}, {}, {"micro_batch": 4},
+    )]  # fmt: skip
+    assert held == sorted(held)
+    assert len(set(held)) == 4
