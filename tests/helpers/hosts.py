@@ -23,8 +23,8 @@ from pathlib import Path
 
 INTERFACE = "eth0"
 _ADDRESS = "192.168.213.{}"
-"""Above 127.0.0.1: of two gloo ranks the one with the higher address is called by the other, so that a rank which
-listens on a loopback address by mistake is found out."""
+"""Above 127.0.0.1: with addresses below it (10.…) gloo was seen to connect although a rank listened on its loopback
+address by mistake; with these it does not."""
 _ETC = Path("/etc/netns")
 _HOSTNAME = 'hostname "$0" && exec "$@"'
 

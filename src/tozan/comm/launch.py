@@ -84,6 +84,7 @@ def join(
         Ledger(),
         lost_after=lost_after_s,
         hang_after=timeout_s,
+        speaks=place.rank == 1 or place.local_rank == 0,
         explain=not place.generation,  # an agent knows who was lost, and everyone is to leave at once
     ).start()
     try:

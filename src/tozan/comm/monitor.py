@@ -4,7 +4,8 @@ Each rank has one thread that writes a beat (a counter and what the rank is doin
 seconds. Rank 0's thread reads them all. A counter that stands still for `lost_after` seconds is a lost rank; an
 operation that waits for longer than `hang_after` seconds is a hang, and the ranks of its axis that have started fewer
 operations there are late. Rank 0 prints the verdict and leaves it in the store, where the others find it: everyone ends
-with `EXIT_LOST` and without a traceback. If rank 0 itself, or the store that it holds, is gone, rank 1 prints.
+with `EXIT_LOST` and without a traceback. If rank 0 itself, or the store that it holds, is gone or no longer answers
+(a cut cable leaves a connection that stays silent for ever), rank 1 and the first rank of every host say so.
 
 A beat costs one small message, so 4,096 ranks at two seconds are 2,000 messages a second for the store.
 """
@@ -50,6 +51,7 @@ class Monitor:
         interval: seconds between beats.
         lost_after: seconds without a beat after which a rank is lost.
         hang_after: seconds in one operation after which the run hangs.
+        speaks: whether this rank prints that rank 0 is lost; by default rank 1 does.
         explain: after a failed operation wait for the verdict on who was lost; else leave that to others.
         end: what ends the process; replaced in tests.
     """
@@ -64,6 +66,7 @@ class Monitor:
         interval: float = 2.0,
         lost_after: float = 12.0,
         hang_after: float = 120.0,
+        speaks: bool | None = None,
         explain: bool = True,
         end: Callable[[], None] = _end,
     ) -> None:
@@ -73,19 +76,26 @@ class Monitor:
         self._stopped, self._count = threading.Event(), 0
         self._seen: dict[int, tuple[int, float]] = {}
         self._failed_operation: str | None = None
+        self._speaks = rank == 1 if speaks is None else speaks
+        self._asked: float | None = None
+        """When the store was asked something that it has not answered yet."""
         self._thread = threading.Thread(target=self._run, name="tozan-monitor", daemon=True)
+        self._watch = threading.Thread(target=self._watch_store, name="tozan-monitor-watch", daemon=True)
 
     def start(self) -> Monitor:
         """Begin to beat."""
         self._beat()
         self._thread.start()
+        self._watch.start()
         return self
 
     def stop(self, reason: str = "") -> None:
         """Say goodbye and stop watching; whoever waits for this rank afterwards hears the reason."""
         if not self._stopped.is_set():
             self._stopped.set()
-            self._thread.join()
+            self._thread.join(self._lost_after)
+            if self._thread.is_alive():  # in a call to a store that no longer answers
+                return
             try:
                 self._store.set(
                     f"beat/{self.rank}",
@@ -107,15 +117,14 @@ class Monitor:
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):
             try:
+                self._asked = time.monotonic()
                 self._beat()
                 verdict = self._judge() if self.rank == 0 else self._read_verdict()
+                self._asked = None
             except RuntimeError:  # torch raises this and its DistError for a closed connection
                 if self._stopped.is_set():
                     return
-                verdict = f"rank 0 is lost (its store no longer answers); rank {self.rank} was in {self._doing()}"
-                if self.rank == 1:
-                    _say(verdict)
-                self._end()
+                self._end_without_store("its store is gone")
                 return
             if verdict:
                 if self.rank == 0:
@@ -124,6 +133,21 @@ class Monitor:
                     time.sleep(2 * self._interval)  # this rank may hold the store: let the others read
                 self._end()
                 return
+
+    def _watch_store(self) -> None:
+        """A call to a store behind a cut cable never returns: look from outside how long it has taken."""
+        while not self._stopped.wait(self._interval):
+            asked = self._asked
+            if asked is not None and time.monotonic() - asked > self._lost_after:
+                self._end_without_store(
+                    f"its store has not answered for {self._lost_after:.0f} s, or this host is cut off"
+                )
+                return
+
+    def _end_without_store(self, why: str) -> None:
+        if self._speaks:
+            _say(f"rank 0 is lost ({why}); rank {self.rank} was in {self._doing()}")
+        self._end()
 
     def _doing(self) -> str:
         entry = self.ledger.oldest_open()

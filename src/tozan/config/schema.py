@@ -100,6 +100,9 @@ class Layout(Table):
     """Pieces of the model on each stage (interleaved only)."""
     timeout: Annotated[int, Field(ge=5, le=86_400)] = 120
     """Seconds that a process may wait for others before the run is ended with a message that names who was late."""
+    debug: bool = False
+    """Compare number, operation, name, shape and type across processes before each collective, at the price of a
+    message each: finds swapped operations, which otherwise give wrong numbers and no error."""
 
     @property
     def processes(self) -> int:

@@ -43,5 +43,6 @@ def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
         SilentError: bits changed in memory and there is no going back.
     """
     require_fit(loaded.config, shape_of(loaded), loaded.origin.get("layout.data", "layout"))
-    with join(mesh_layout(loaded.config), timeout_s=loaded.config.layout.timeout) as mesh:
+    table = loaded.config.layout
+    with join(mesh_layout(loaded.config), timeout_s=table.timeout, debug=table.debug) as mesh:
         return fit(assemble(loaded, mesh), on_record)
