@@ -84,6 +84,7 @@ class Ledger:
         self.totals: dict[tuple[str, str, str], Total] = {}
         self.by_axis: dict[str, Total] = {}
         self._sequences: dict[str, int] = {}
+        self._ranks: dict[str, tuple[int, ...]] = {}
         self._open: dict[int, Entry] = {}
         self._lock = threading.Lock()
 
@@ -92,6 +93,7 @@ class Ledger:
         with self._lock:
             sequence = self._sequences.get(axis, 0)
             self._sequences[axis] = sequence + 1
+            self._ranks[axis] = ranks
             entry = Entry(sequence, operation, name, axis, ranks, bytes, start)
             self._open[id(entry)] = entry
             return entry
@@ -142,7 +144,10 @@ class Ledger:
     def write(self, path: Path, rank: int) -> None:
         """Write the totals as JSON lines, one per (axis, operation, name): a rank's part of `tozan report ledger`."""
         lines = [
-            json.dumps({"rank": rank, "axis": axis, "operation": operation, "name": name, **asdict(total)})
+            json.dumps(
+                {"rank": rank, "axis": axis, "ranks": self._ranks[axis], "operation": operation, "name": name}
+                | asdict(total)
+            )
             for (axis, operation, name), total in sorted(self.totals.items())
         ]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
