@@ -62,25 +62,31 @@ def naming(path: Path, doing: str) -> Iterator[None]:
 class Writer:
     """A new file being written: counts its bytes and hashes them on the way.
 
+    Args:
+        path: must not exist.
+        hashed: False where the caller hashes what it writes.
+
     Attributes:
         bytes: bytes written so far.
         sha256: running hash of those bytes.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Create `path`, which must not exist.
+    def __init__(self, path: Path, hashed: bool = True) -> None:
+        """Create the file.
 
         Raises:
             OSError: it exists, or the file system refuses.
         """
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._hashed = hashed
         self.bytes = 0
         self.sha256 = hashlib.sha256()
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append bytes."""
         view = memoryview(piece)
-        self.sha256.update(view)
+        if self._hashed:
+            self.sha256.update(view)
         self.bytes += len(view)
         while len(view):
             view = view[os.write(self._descriptor, view) :]
@@ -100,14 +106,18 @@ class Writer:
 
 
 @contextlib.contextmanager
-def create(path: Path) -> Iterator[Writer]:
+def create(path: Path, hashed: bool = True) -> Iterator[Writer]:
     """Write a new file whose bytes are on the device when the block ends.
+
+    Args:
+        path: must not exist.
+        hashed: False where the caller hashes what it writes.
 
     Raises:
         UserError: the file exists or cannot be written; names it.
     """
     with naming(path, "write"):
-        writer = Writer(path)
+        writer = Writer(path, hashed)
         try:
             yield writer
             writer.finish()

@@ -378,3 +378,72 @@ def zero_bytes(
         "gradients": gradient_bytes * (share if zero >= 2 else elements),
         "optimizer": optimizer_bytes * (share if zero >= 1 else elements),
     }
+
+
+def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes that together are the elements `start` to `stop` of a tensor in row-major order, in that order.
+
+    A stretch of a flat buffer is no rectangle of the tensor that was flattened, but at most 2·dims - 1 of them: the end
+    of a row, whole rows, the beginning of a row. Each is contiguous in the stretch.
+
+    Yields:
+        (offset, size), one number per dim; none is empty.
+    """
+    if stop <= start:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = prod(shape[1:])
+    first, last = -(-start // inner), stop // inner
+    if first > last:  # inside of one row
+        for offset, size in rectangles(shape[1:], start - last * inner, stop - last * inner):
+            yield (last, *offset), (1, *size)
+        return
+    for offset, size in rectangles(shape[1:], inner - (first * inner - start), inner if first * inner > start else 0):
+        yield (first - 1, *offset), (1, *size)
+    if last > first:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    for offset, size in rectangles(shape[1:], 0, stop - last * inner):
+        yield (last, *offset), (1, *size)
+
+
+def slabs(shape: Sequence[int], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cuts a tensor into contiguous boxes of at most `limit` elements, in row-major order, as few as is simple.
+
+    Yields:
+        (offset, size), one number per dim.
+    """
+    if not shape:
+        yield (), ()
+        return
+    inner = prod(shape[1:])
+    if inner > limit:
+        for row in range(shape[0]):
+            yield from (((row, *offset), (1, *size)) for offset, size in slabs(shape[1:], limit))
+        return
+    rows = max(1, limit // max(1, inner))
+    for row in range(0, shape[0], rows):
+        yield (row, *[0] * (len(shape) - 1)), (min(rows, shape[0] - row), *shape[1:])
+
+
+def share(count: int, row: int, replica: int, replicas: int, least: int) -> tuple[int, int]:
+    """Which of `count` elements that several replicas hold falls to one of them: each element to exactly one.
+
+    Args:
+        count: elements.
+        row: elements of a row; cuts fall between rows where shares are larger than a row.
+        replica: 0 ≤ replica < replicas.
+        replicas: how many hold the same.
+        least: smallest share worth having; the last replicas get nothing if there is not enough for all.
+
+    Returns:
+        First element and end.
+    """
+    shares = min(replicas, max(1, count // least))
+
+    def cut(number: int) -> int:
+        at = count * number // shares
+        return at if row > count // shares or number == shares else at - at % row
+
+    return (cut(replica), cut(replica + 1)) if replica < shares else (0, 0)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,8 +155,7 @@ def test_refused_at_each_call_of_a_save(tmp_path, make_state, equal, number):
         saver = Saver(root, keep_last=1)
         with pytest.MonkeyPatch.context() as patch:
             kernel = Kernel(refuse, at).install(patch)
-            saver.save(make_state(2))
-            for problem in problems_of(saver.wait):
+            for problem in problems_of(partial(saver.save, make_state(2))) + problems_of(saver.wait):
                 refused += 1
                 assert str(root) in problem.where
                 assert errno.errorcode[number] in problem.what
@@ -175,9 +175,8 @@ def test_a_folder_that_vanishes_is_named_and_not_made_anew(tmp_path, make_state)
     root = tmp_path / "checkpoints"
     with Saver(root) as saver:
         shutil.rmtree(root)
-        saver.save(make_state(1))
         with pytest.raises(UserError, match="ENOENT") as caught:
-            saver.wait()
+            saver.save(make_state(1))
     assert str(root) in caught.value.problems[0].where
     assert not root.exists()
 

@@ -70,7 +70,7 @@ DAMAGES = {
     "truncated manifest": (lambda f: os.truncate(f / "manifest.json", 300), "manifest.json"),
     "empty manifest": (lambda f: os.truncate(f / "manifest.json", 0), "manifest.json"),
     "manifest edited": (lambda f: edit_manifest(f, lambda t: t.update(step=101), seal=False), "manifest.json"),
-    "manifest of a newer version": (lambda f: edit_manifest(f, lambda t: t.update(version=2), seal=True), "version 2"),
+    "manifest of a newer version": (lambda f: edit_manifest(f, lambda t: t.update(version=3), seal=True), "version 3"),
     "manifest of something else": (lambda f: edit_manifest(f, lambda t: t.update(format="?"), seal=True), "format"),
     "manifest with an unknown field": (lambda f: edit_manifest(f, lambda t: t.update(x=1), seal=True), "x: Extra"),
     "forged: path out of the folder": (
@@ -224,8 +224,8 @@ def test_into_that_does_not_fit_is_refused_before_anything_is_overwritten(folder
     assert not into["model/norm.weight"].any()
 
 
-def test_a_tensor_in_several_parts_is_put_together(tmp_path):
-    """The format's provision for several writers: here two ranks' halves, written by the safetensors library."""
+def test_version_1_is_read_also_in_several_parts(tmp_path):
+    """As the version's own page describes it: two ranks' halves, written by the safetensors library."""
     whole = torch.arange(24.0).reshape(4, 6)
     folder = save(tmp_path, State(1, {"model/w": torch.zeros(4, 6)}))
     (folder / MODEL).unlink()
@@ -246,6 +246,7 @@ def test_a_tensor_in_several_parts_is_put_together(tmp_path):
         table["parts"].append(part)
 
     def change(manifest):
+        manifest["version"] = 1
         manifest["files"] = {"trainer.json": manifest["files"]["trainer.json"], **listed}
         manifest["tensors"] = {"model/w": table}
         manifest["state"] = None

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from tozan.checkpoint import Saver, State, load, save, saver
+from tozan.checkpoint import Saver, State, folders, load, save, saver
 from tozan.errors import Problem, UserError
 
 
@@ -32,10 +32,10 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, background):
 def test_snapshot_buffers_are_used_again_and_follow_a_changed_shape(tmp_path):
     with Saver(tmp_path) as saver:
         saver.save(State(1, {"model/w": torch.ones(10), "model/v": torch.ones(1)}))
-        first = saver._copies["model/w"].data_ptr()
+        first = saver._copies["model/w", 0].data_ptr()
         saver.save(State(2, {"model/w": torch.zeros(10)}))
-        assert saver._copies.keys() == {"model/w"}
-        assert saver._copies["model/w"].data_ptr() == first
+        assert saver._copies.keys() == {("model/w", 0)}
+        assert saver._copies["model/w", 0].data_ptr() == first
         saver.save(State(3, {"model/w": torch.zeros(10, dtype=torch.int64)}))
     assert load(tmp_path / "step-00000003").tensors["model/w"].dtype == torch.int64
 
@@ -93,7 +93,8 @@ def test_save_returns_before_the_write_is_done(tmp_path, monkeypatch, make_state
         assert it.last == tmp_path / "step-00000001"
 
 
-def refuse(*args):
+def refuse(staged, *args):
+    folders.delete(staged)
     raise UserError(Problem("there", "no"))
 
 

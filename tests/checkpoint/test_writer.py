@@ -65,14 +65,29 @@ def test_any_state_comes_back_bit_for_bit_and_reads_as_plain_safetensors(table, 
     assert json.loads((folder / "manifest.json").read_text())["state"] == state_hash(table) == state_hash(back.tensors)
 
 
-def test_manifest_binds_every_file_to_size_and_sha256(tmp_path, make_state):
+def test_manifest_binds_every_byte_to_size_and_sha256(tmp_path, make_state):
     folder = save(tmp_path, make_state(7), max_file_bytes=3000)
-    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    listed = manifest["files"]
     assert {path.name for path in folder.iterdir()} - {"manifest.json"} == listed.keys()
     assert sum(name.startswith("model-") for name in listed) == 2
     for name, facts in listed.items():
         data = (folder / name).read_bytes()
-        assert (facts["bytes"], facts["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert facts["bytes"] == len(data)
+        if facts["header"] is None:
+            assert facts["sha256"] == hashlib.sha256(data).hexdigest()
+            continue
+        size = facts["header"]["bytes"]
+        assert facts["header"]["sha256"] == hashlib.sha256(data[:size]).hexdigest()
+        parts = {
+            tensor.partition("/")[2]: part["sha256"]
+            for tensor, entry in manifest["tensors"].items()
+            for part in entry["parts"]
+            if part["file"] == name
+        }
+        places = {key: at["data_offsets"] for key, at in json.loads(data[8:size]).items() if key != "__metadata__"}
+        assert parts == {key: hashlib.sha256(data[size + a : size + b]).hexdigest() for key, (a, b) in places.items()}
+        assert sum(b - a for a, b in places.values()) == len(data) - size
 
 
 def test_same_state_makes_the_same_bytes_whatever_the_order_of_the_mapping(tmp_path, make_state):

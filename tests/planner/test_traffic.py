@@ -73,8 +73,8 @@ precision = "fp32"
 threads = 1
 """
 
-OUTSIDE = ("state of",)
-"""Names of what is sent outside of steps: state gathered for a checkpoint."""
+OUTSIDE = ("checkpoint",)
+"""Names of what is sent outside of steps: a few bytes by which the ranks agree on a checkpoint."""
 
 
 def run_rank(path: Path, words: list[str]) -> None:

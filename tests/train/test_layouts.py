@@ -184,26 +184,52 @@ def test_a_checkpoint_of_any_layout_loads_into_any_other(name, saved, tmp_path):
     flags = [*flags_of(name, GPT2), "--optim.warmup=0"]
     size = processes(flags)
     if size == 1:
-        again = load_and_hash(list(saved.values()), flags)
+        ranks = [load_all(list(saved.values()), flags)]
     else:
-        again = spawn(size, load_and_hash, list(saved.values()), flags, timeout=200.0)[0]
-    for path, (found, meta, step) in zip(saved.values(), again, strict=True):
-        before = final(path.with_name(path.name.removesuffix(".toml")))
-        assert found == checkpoint.state_hash(before.tensors), path.stem
-        assert meta == before.meta
-        assert step == before.step == 1
+        ranks = spawn(size, load_all, list(saved.values()), flags, timeout=200.0)
+    for path, states in zip(saved.values(), zip(*ranks, strict=True), strict=True):
+        folder = checkpoint.resolve(path.with_name(path.name.removesuffix(".toml")))
+        before = checkpoint.load(folder)
+        together = put_together([held for held, _, _ in states])
+        assert together.keys() == before.tensors.keys()
+        for tensor_name, tensor in together.items():
+            assert torch.equal(tensor, before.tensors[tensor_name]), (path.stem, tensor_name)
+        noted = json.loads((folder / "manifest.json").read_text())["state"]
+        assert noted == checkpoint.state_hash(together) == checkpoint.state_hash(before.tensors), path.stem
+        for _, meta, step in states:
+            assert meta == before.meta
+            assert step == before.step == 1
 
 
-def load_and_hash(configs: list[Path], flags: list[str]) -> list[tuple[str, dict, int]]:
-    """Hash, meta and step that this layout holds after loading each run's checkpoint, gathered on rank 0."""
+def load_all(configs: list[Path], flags: list[str]) -> list[tuple[dict, dict, int]]:
+    """The boxes that this rank would save, meta and step, after loading each run's checkpoint."""
     results = []
     with patch("tozan.train.machine.measure_gemm_rate", lambda *_: 1.0):
         for path in configs:
             loaded = load(path, flags)
-            resumed = assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60))
-            state = resumed.state()
-            results.append((checkpoint.state_hash(state.tensors) if resumed.writes else "", state.meta, state.step))
+            state = assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60)).state()
+            held = {
+                name: (pieces.shape, [(box.offset, box.tensor.detach().contiguous().numpy()) for box in pieces.boxes])
+                for name, pieces in state.held().items()
+            }
+            results.append((held, state.meta, state.step))
     return results
+
+
+def put_together(ranks: list[dict]) -> dict[str, torch.Tensor]:
+    """Global tensors from every rank's boxes, after checking that each element is there once."""
+    whole, seen = {}, {}
+    for held in ranks:
+        for name, (shape, boxes) in held.items():
+            for offset, values in boxes:
+                tensor = torch.from_numpy(values)
+                target = whole.setdefault(name, torch.empty(shape, dtype=tensor.dtype))
+                count = seen.setdefault(name, torch.zeros(shape, dtype=torch.int32))
+                place = tuple(slice(at, at + size) for at, size in zip(offset, values.shape, strict=True))
+                target[place] = tensor
+                count[place] += 1
+    assert all(count.eq(1).all() for count in seen.values())
+    return whole
 
 
 def check(path: Path, flags: list[str]) -> None:

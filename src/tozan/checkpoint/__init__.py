@@ -6,18 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tozan.checkpoint.reader import load, newest, resolve, stream, verify
+    from tozan.checkpoint.reader import fill, load, newest, resolve, stream, verify
     from tozan.checkpoint.saver import Saver
-    from tozan.checkpoint.state import State, state_hash
+    from tozan.checkpoint.state import Box, Pieces, State, state_hash
     from tozan.checkpoint.writer import save
 
-__all__ = ["Saver", "State", "load", "newest", "resolve", "save", "state_hash", "stream", "verify"]
+__all__ = [
+    "Box",
+    "Pieces",
+    "Saver",
+    "State",
+    "fill",
+    "load",
+    "newest",
+    "resolve",
+    "save",
+    "state_hash",
+    "stream",
+    "verify",
+]
 
 _HOMES = {
-    **dict.fromkeys(("load", "newest", "resolve", "stream", "verify"), "reader"),
+    **dict.fromkeys(("fill", "load", "newest", "resolve", "stream", "verify"), "reader"),
     "save": "writer",
     "Saver": "saver",
-    **dict.fromkeys(("State", "state_hash"), "state"),
+    **dict.fromkeys(("Box", "Pieces", "State", "state_hash"), "state"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,9 +15,11 @@ from tozan.errors import Problem, UserError
 from tozan.files import naming
 
 NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
+"""What is written. Version 1 (one writer; `state` from SHA-256 of whole tensors; every file hashed) is still read."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -44,15 +47,18 @@ class File(_Entry):
     """One file of the checkpoint."""
 
     bytes: Size
-    sha256: Sha256
+    sha256: Sha256 | None = None
+    """Of files that hold no tensors. Header and parts of the others have their own, which cover every byte once."""
     header: Header | None = None
-    """Only for safetensors files. Header and tensors cover every byte, so a reader need not hash twice."""
+    """Only for safetensors files."""
 
 
 class Part(_Entry):
-    """A box of a global tensor, stored in one file under the tensor's name without its group."""
+    """A box of a global tensor, stored in one file."""
 
     file: FileName
+    key: str | None = None
+    """Its name in the file; None for a whole tensor, which goes by its own name without the group."""
     offset: list[Size]
     """Where the box starts in the global tensor, one number per dim."""
     shape: list[Size]
@@ -67,24 +73,32 @@ class Entry(_Entry):
     """As the safetensors format names it: F32, BF16, ..."""
     shape: list[Size]
     parts: Annotated[list[Part], Field(min_length=1)]
-    """Boxes that together hold each element once; today always one, the whole."""
+    """Boxes that together hold each element once: one, the whole, or those that the ranks have written."""
+    sum: Fingerprint | None = None
+    """What `fingerprint` makes of all elements; None in version 1."""
 
 
 class Manifest(_Entry):
     """What is in one checkpoint folder."""
 
     format: Literal["tozan checkpoint"]
-    version: Literal[1]
+    version: Literal[1, 2]
     step: Size
     state: Sha256 | None
-    """The state hash of all tensors, if each is in one part."""
+    """The state hash of all tensors (of version 1: another hash, if each tensor is in one part)."""
     files: dict[FileName, File]
     tensors: dict[str, Entry]
 
 
-def key(name: str) -> str:
-    """A tensor's key in its safetensors file: its name without the group, so that other tools see plain names."""
-    return name.partition("/")[2]
+def key(name: str, part: Part | None = None) -> str:
+    """What a part is called in its file: a whole tensor by its name without the group, as other tools expect."""
+    return (part and part.key) or name.partition("/")[2]
+
+
+def box_key(name: str, offset: Sequence[int], shape: Sequence[int]) -> str:
+    """What a box that is not the whole tensor is called in its file: `mlp.fc.weight[0:64,0:128]`."""
+    ranges = ",".join(f"{at}:{at + size}" for at, size in zip(offset, shape, strict=True))
+    return f"{key(name)}[{ranges}]"
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -111,10 +125,9 @@ def read(folder: Path) -> Manifest:
         table = json.loads(data)
         del table["checksum"]
         version = table.get("version")
-        if table.get("format") == "tozan checkpoint" and version != VERSION:
-            raise UserError(
-                Problem(str(path), f"has format version {version!r}, this tozan reads {VERSION}", "use a newer tozan")
-            )
+        if table.get("format") == "tozan checkpoint" and version not in range(1, VERSION + 1):
+            what = f"has format version {version!r}, this tozan reads 1 to {VERSION}"
+            raise UserError(Problem(str(path), what, "use a newer tozan"))
         manifest = Manifest.model_validate(table)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(Problem(str(path), f"is no manifest of a checkpoint: {_first_line(error)}")) from error
@@ -126,7 +139,9 @@ def read(folder: Path) -> Manifest:
 
 def contradictions(manifest: Manifest) -> list[str]:
     """What a manifest says that cannot be, so that a reader may trust its numbers."""
-    found = []
+    found = [
+        f"file {name!r} has no checksum" for name, f in manifest.files.items() if f.sha256 is None and f.header is None
+    ]
     for name, entry in manifest.tensors.items():
         if "/" not in name:
             found.append(f"tensor {name!r} has no group")

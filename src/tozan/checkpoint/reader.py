@@ -7,17 +7,17 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
-from tozan import files
+from tozan import files, layout
 from tozan.checkpoint import folders, manifest
 from tozan.checkpoint.manifest import Entry, Manifest, Part, part_bytes
-from tozan.checkpoint.state import DTYPES, State, raw
+from tozan.checkpoint.state import DTYPES, Box, Pieces, State, raw
 from tozan.errors import Problem, UserError
 
 _DAMAGED = "use another checkpoint: this one is damaged"
@@ -59,6 +59,35 @@ def stream(folder: Path, only: str = "", into: Mapping[str, Tensor] | None = Non
     table = manifest.read(folder)
     _refuse(_listing(folder, table, only))
     yield from _tensors(folder, table, only, into)
+
+
+@torch.no_grad()
+def fill(folder: Path, into: Mapping[str, Pieces]) -> None:
+    """Fill boxes of global tensors from a checkpoint, whatever boxes it was written in.
+
+    Only parts that overlap a box are read, each through a buffer of 1 MiB and checked as a whole; nothing larger than
+    the buffer is allocated.
+
+    Args:
+        folder: one checkpoint.
+        into: the boxes to fill, by the name of their tensor; after an error their contents are undefined.
+
+    Raises:
+        UserError: a tensor is missing or has another shape or dtype, or a part is damaged: names file and tensor.
+    """
+    table = manifest.read(folder)
+    _refuse(_misfits(folder, table, "", into))
+    wanted: dict[str, list[_Place]] = {}
+    for name, pieces in into.items():
+        entry = table.tensors[name]
+        for part in entry.parts:
+            if any(box.overlap(part.offset, part.shape) for box in pieces.boxes):
+                wanted.setdefault(part.file, []).append((name, entry, part))
+    for file, places in sorted(wanted.items()):
+        with _open(folder / file) as descriptor:
+            offsets = _offsets(folder, table, file, descriptor)
+            for place in _in_order(folder, file, offsets, places):
+                _read_part(folder, descriptor, offsets, place, into[place[0]].boxes)
 
 
 def verify(folder: Path, only: str = "") -> list[Problem]:
@@ -236,9 +265,13 @@ def _offsets(folder: Path, table: Manifest, name: str, descriptor: int) -> dict[
     return places
 
 
-def _fill(descriptor: int, at: int, target: memoryview) -> str:
-    """Read `len(target)` bytes from offset `at`, and return their SHA-256 (of fewer bytes, if the file ends)."""
-    digest = hashlib.sha256()
+def _fill(descriptor: int, at: int, target: memoryview, digest: hashlib._Hash | None = None) -> str:
+    """Read `len(target)` bytes from offset `at` (fewer, if the file ends).
+
+    Returns:
+        The SHA-256 of `digest`, if given, and of these bytes after it.
+    """
+    digest = digest or hashlib.sha256()
     done = 0
     while done < len(target):
         piece = target[done : done + files.PIECE]
@@ -262,14 +295,17 @@ def _tensors(
             offsets = _offsets(folder, table, name, descriptor)
             for tensor_name, entry, part in _in_order(folder, name, offsets, places):
                 target, missing = pending.pop(tensor_name, (into.get(tensor_name), len(entry.parts)))
-                target = _read_part(folder, descriptor, offsets, (tensor_name, entry, part), target)
+                if target is None:
+                    target = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+                boxes = Pieces.whole(target.detach()).boxes
+                _read_part(folder, descriptor, offsets, (tensor_name, entry, part), boxes)
                 if missing > 1:
                     pending[tensor_name] = (target, missing - 1)
                 else:
                     yield tensor_name, target
 
 
-def _misfits(folder: Path, table: Manifest, only: str, into: Mapping[str, Tensor]) -> list[Problem]:
+def _misfits(folder: Path, table: Manifest, only: str, into: Mapping[str, Tensor | Pieces]) -> list[Problem]:
     problems = []
     for name, tensor in into.items():
         entry = table.tensors.get(name)
@@ -284,31 +320,50 @@ def _misfits(folder: Path, table: Manifest, only: str, into: Mapping[str, Tensor
 def _in_order(folder: Path, file: str, offsets: Mapping[str, tuple[int, int]], places: list[_Place]) -> list[_Place]:
     """The places of a file by offset, after checking that header and manifest agree."""
     for name, entry, part in places:
-        start, end = offsets.get(manifest.key(name), (0, -1))
+        start, end = offsets.get(manifest.key(name, part), (0, -1))
         if end - start != part_bytes(entry, part):
             raise UserError(Problem(f"{folder / file}: {name}", "header and manifest disagree on its size", _DAMAGED))
-    return sorted(places, key=lambda place: offsets[manifest.key(place[0])])
+    return sorted(places, key=lambda place: offsets[manifest.key(place[0], place[2])])
 
 
 def _read_part(
-    folder: Path, descriptor: int, offsets: Mapping[str, tuple[int, int]], place: _Place, target: Tensor | None
-) -> Tensor:
-    """Read one part into the tensor it belongs to (made if there is none yet), and check it."""
+    folder: Path,
+    descriptor: int,
+    offsets: Mapping[str, tuple[int, int]],
+    place: _Place,
+    boxes: Sequence[Box],
+) -> None:
+    """Read one part, check it, and copy what it shares with each of some boxes."""
     name, entry, part = place
-    if target is None:
-        target = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    box = target.detach()
-    for dim, (start, size) in enumerate(zip(part.offset, part.shape, strict=True)):
-        box = box.narrow(dim, start, size)
-    direct = box.is_contiguous() and box.device.type == "cpu" and not (box.is_conj() or box.is_neg())
-    buffer = box if direct else torch.empty(part.shape, dtype=box.dtype)
-    at = offsets[manifest.key(name)][0]
-    if _fill(descriptor, at, raw(buffer)) != part.sha256:
+    at = offsets[manifest.key(name, part)][0]
+    direct = _memory_of(part, boxes)
+    if direct is not None:
+        found = _fill(descriptor, at, raw(direct))
+    else:
+        digest = hashlib.sha256()
+        dtype = DTYPES[entry.dtype]
+        position = at
+        for inside, size in layout.slabs(part.shape, files.PIECE // dtype.itemsize):
+            block = torch.empty(size, dtype=dtype)
+            _fill(descriptor, position, raw(block), digest)
+            position += block.numel() * dtype.itemsize
+            offset = [first + start for first, start in zip(part.offset, inside, strict=True)]
+            for view, source in (both for box in boxes if (both := box.overlap(offset, size))):
+                view.copy_(block[source])
+        found = digest.hexdigest()
+    if found != part.sha256:
         where = f"{folder / part.file}: {name} @ byte {at}"
         raise UserError(Problem(where, "does not match its checksum in the manifest", _DAMAGED))
-    if not direct:
-        box.copy_(buffer)
-    return target
+
+
+def _memory_of(part: Part, boxes: Sequence[Box]) -> Tensor | None:
+    """Where a part belongs as a whole, if that is one stretch of memory that can be read into."""
+    both = boxes[0].overlap(part.offset, part.shape) if len(boxes) == 1 else None
+    if both is None or list(both[0].shape) != part.shape:
+        return None
+    view = both[0]
+    plain = view.is_contiguous() and view.device.type == "cpu" and not (view.is_conj() or view.is_neg())
+    return view if plain else None
 
 
 def _scan(folder: Path, table: Manifest, name: str, places: list[_Place]) -> None:
@@ -321,7 +376,7 @@ def _scan(folder: Path, table: Manifest, name: str, places: list[_Place]) -> Non
     with _open(folder / name) as descriptor:
         offsets = _offsets(folder, table, name, descriptor)
         for tensor_name, _, part in _in_order(folder, name, offsets, places):
-            at, end = offsets[manifest.key(tensor_name)]
+            at, end = offsets[manifest.key(tensor_name, part)]
             if _digest(descriptor, at, end) != part.sha256:
                 where = f"{folder / name}: {tensor_name} @ byte {at}"
                 problems.append(Problem(where, "does not match its checksum in the manifest", _DAMAGED))

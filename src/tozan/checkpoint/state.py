@@ -1,17 +1,19 @@
-"""What a checkpoint holds, and the hash that says whether two states are the same."""
+"""What a checkpoint holds, whole or in boxes, and the hash that says whether two states are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tozan import layout
+from tozan.checkpoint import fingerprint
 from tozan.files import PIECE
 
 JSON = Any
@@ -45,6 +47,54 @@ _RESERVED = ("manifest.json", "trainer.json")
 
 
 @dataclass(frozen=True)
+class Box:
+    """A rectangular part of a global tensor.
+
+    Attributes:
+        offset: where it starts there, one number per dim.
+        tensor: its values, of any strides.
+    """
+
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+    def overlap(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]] | None:
+        """What this box and another one of the same global tensor have in common.
+
+        Returns:
+            A view of this box's values, and their place within the other box; None if they are apart.
+        """
+        mine, other = [], []
+        for at, size, its_at, its_size in zip(self.offset, self.tensor.shape, offset, shape, strict=True):
+            start, stop = max(at, its_at), min(at + size, its_at + its_size)
+            if stop <= start:
+                return None
+            mine.append(slice(start - at, stop - at))
+            other.append(slice(start - its_at, stop - its_at))
+        return self.tensor.detach()[tuple(mine)], tuple(other)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Those boxes of a global tensor that one rank holds, or writes.
+
+    Attributes:
+        shape: of the global tensor.
+        dtype: of its elements.
+        boxes: apart from each other; none where the rank has nothing of it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Pieces:
+        """All of a tensor, in one box."""
+        return cls(tuple(tensor.shape), tensor.dtype, (Box((0,) * tensor.ndim, tensor),))
+
+
+@dataclass(frozen=True)
 class State:
     """Everything a run needs to go on: what one checkpoint holds.
 
@@ -54,12 +104,19 @@ class State:
             `rng/cpu`. The group (lower-case letters, digits, `_`) names the files they are written to.
         meta: anything JSON can say exactly: data position, scheduler, scaler, ...
         files: small files carried along, by plain file name: `tokenizer.json`, `config.toml`.
+        pieces: global tensors that no rank need have whole, where several save together: this rank's boxes. Those of
+            all ranks hold each element once.
     """
 
     step: int
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, JSON] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
+
+    def held(self) -> dict[str, Pieces]:
+        """All that this rank writes, whole tensors as one box."""
+        return {**{name: Pieces.whole(tensor) for name, tensor in self.tensors.items()}, **self.pieces}
 
 
 def check(state: State) -> bytes:
@@ -74,13 +131,14 @@ def check(state: State) -> bytes:
     """
     if type(state.step) is not int or state.step < 0:
         raise ValueError(f"step {state.step!r} must be a whole number of 0 or more")
-    for name, tensor in state.tensors.items():
+    for name, pieces in state.held().items():
         if not _TENSOR_NAME.fullmatch(name) or name.endswith("/__metadata__"):
             raise ValueError(f"tensor name {name!r} must read group/rest, as in model/embed.weight")
         name.encode()
-        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
-            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
-            raise TypeError(f"tensor {name!r} ({kind}): a checkpoint holds dense tensors of {', '.join(DTYPES)}")
+        for tensor in (box.tensor for box in pieces.boxes):
+            if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
+                kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+                raise TypeError(f"tensor {name!r} ({kind}): a checkpoint holds dense tensors of {', '.join(DTYPES)}")
     for name in state.files:
         if not _FILE_NAME.fullmatch(name) or name in _RESERVED or name.endswith(".safetensors"):
             raise ValueError(f"file name {name!r} must be plain, as in tokenizer.json, and none of {_RESERVED}")
@@ -99,32 +157,34 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's elements in row-major order as bytes, in pieces of at most `PIECE`; copies only if it must."""
-    data = raw(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous())
-    for start in range(0, len(data), PIECE):
-        yield data[start : start + PIECE]
+def blocks(box: Box) -> Iterator[Box]:
+    """A box in contiguous blocks of at most `PIECE` bytes in the CPU's memory, in row-major order."""
+    for offset, size in layout.slabs(box.tensor.shape, PIECE // box.tensor.element_size()):
+        part = box.tensor.detach()[tuple(slice(at, at + length) for at, length in zip(offset, size, strict=True))]
+        place = tuple(at + inside for at, inside in zip(box.offset, offset, strict=True))
+        yield Box(place, part.cpu().resolve_conj().resolve_neg().contiguous())
 
 
-def combine(digests: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
-    """The state hash from each tensor's (name, dtype, shape, SHA-256 of its bytes), in any order."""
-    lines = sorted(json.dumps([name, dtype, list(shape), digest]) for name, dtype, shape, digest in digests)
+def combine(sums: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
+    """The state hash from each tensor's (name, dtype, shape, fingerprint), in any order."""
+    lines = sorted(json.dumps([name, dtype, list(shape), digits]) for name, dtype, shape, digits in sums)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def state_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of global tensors: equal exactly when the states are.
+    """A hash of names, dtypes, shapes and bytes of global tensors: differs if the states do (see `fingerprint`).
 
     It does not depend on the order of the mapping, on strides, or on the layout the state came from. The manifest
     of a checkpoint holds the same hash of its tensors, so that two can be compared without reading them.
     """
     return combine(
-        (name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), _digest(tensor)) for name, tensor in tensors.items()
+        (name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), fingerprint.text(_sum(tensor)))
+        for name, tensor in tensors.items()
     )
 
 
-def _digest(tensor: Tensor) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces(tensor):
-        digest.update(piece)
-    return digest.hexdigest()
+def _sum(tensor: Tensor) -> fingerprint.Sum:
+    total = fingerprint.zero()
+    for block in blocks(Pieces.whole(tensor).boxes[0]):
+        total += fingerprint.of(block.tensor, block.offset)
+    return total

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from tozan.comm.ledger import Ledger
 from tozan.comm.monitor import Monitor
@@ -107,6 +108,15 @@ class Mesh:
     def __getitem__(self, name: str) -> Axis:
         """An axis of `layout.AXES`, or `tp` for its three together."""
         return self._axes[TP_AXES if name == "tp" else (name,)]
+
+    @property
+    def store(self) -> Store:
+        """The job's store of keys and values, for what cannot be a collective; any thread may use it.
+
+        Whoever does leaves keys of its own (no two savers' alike) and never waits inside of a call, which would keep
+        other threads out.
+        """
+        return PrefixStore("mesh", dist.distributed_c10d._get_default_store())
 
     def joined(self, *names: str) -> Axis:
         """Several axes as one, in the order of their ranks; the first call for a combination is a collective.

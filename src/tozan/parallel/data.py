@@ -52,6 +52,8 @@ class DataParallel:
         resting: what must not change between two steps of the optimizer: `parameters`.
         whole_at_rest: whether `resting` is the same on all ranks of the axis.
         whole_state: whether the optimizer's state is.
+        starts: where in the flattened parameter each of `parameters` starts: at 0, they are whole.
+        replica: this rank's number among those that hold the same parameters, and how many they are.
     """
 
     whole_at_rest = whole_state = True
@@ -70,6 +72,7 @@ class DataParallel:
         self.parameters = dict(parameters)
         self.resting = self.parameters
         self.matrices = {name for name, p in self.parameters.items() if p.ndim >= 2}
+        self.starts, self.replica = dict.fromkeys(self.parameters, 0), (axis.index, axis.size)
         self._axis = axis
         self._gathers: list[tuple[Unit, Tensor, Handle]] = []
         self._synchronizer: Synchronizer | None = None

@@ -54,6 +54,8 @@ class Zero:
         resting: what must not change between `publish` and the optimizer's next step: whole, or slices in stage 3.
         whole_at_rest: whether `resting` is the same on all data-parallel ranks.
         whole_state: whether the optimizer's state is: never, here.
+        starts: where in the flattened parameter each slice starts.
+        replica: this rank's number among those that hold the same slices, and how many they are.
 
     Raises:
         ValueError: another stage, a frozen parameter, or a block without parameters.
@@ -97,6 +99,8 @@ class Zero:
         # Below stage 3 every rank computes with the whole model, of which its slices are views.
         self.whole_at_rest, self.whole_state = stage < 3, False
         self.resting = dict(model.named_parameters()) if stage < 3 else self.parameters
+        self.starts = {name: unit.own(name, inside.index)[1].start for unit in self._units for name in unit.shapes}
+        self.replica = (across.index, across.size)
         self._gathering = Gathering(model, blocks, inner, outer, self._flats, self._own, inside) if stage == 3 else None
         self._settled: list[tuple[Unit, Handle]] = []
         self._gradients: dict[str, Tensor] = {}

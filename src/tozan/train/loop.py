@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tozan.comm import collectives
 from tozan.models.arithmetic import hardware_flops, model_flops
 from tozan.train.breakdown import Breakdown
 from tozan.train.checks import REGULAR, SilentError
+from tozan.train.crew import Crew
 from tozan.train.evaluate import held_out
 from tozan.train.faults import BadSteps, Interrupted, StopSignal
 from tozan.train.metrics import Clock, Metrics
@@ -115,7 +115,7 @@ def tell(run: Run, result: StepResult, metrics: Metrics) -> None:
         metrics.write("event", run.step, event="computed again", text=result.again)
 
 
-def roll_back(run: Run, saver: Saver | None, metrics: Metrics, error: SilentError) -> None:
+def roll_back(run: Run, saver: Saver, metrics: Metrics, error: SilentError) -> None:
     """Answer an error in memory: continue from the copies in memory or the newest good checkpoint, or end the run.
 
     Raises:
@@ -131,8 +131,7 @@ def roll_back(run: Run, saver: Saver | None, metrics: Metrics, error: SilentErro
     if run.copies.roll_back(run):
         run.notes.append(("resumed", f"continues from the copies of step {run.step} in memory"))
     else:
-        if saver:
-            saver.wait()
+        saver.wait()
         collectives.barrier(run.split.mesh.everyone, name="rollback")
         resume(run)
     before, times = run.returns
@@ -143,12 +142,16 @@ def roll_back(run: Run, saver: Saver | None, metrics: Metrics, error: SilentErro
         metrics.write("event", run.step, event=event, text=text)
 
 
-def open_saver(run: Run) -> AbstractContextManager[Saver | None]:
-    """Rank 0's writer of checkpoints; the other ranks have none."""
-    if not run.writes:
-        return nullcontext()
+def open_saver(run: Run) -> Saver:
+    """The writer of checkpoints, on every rank of its part."""
     table = run.config.checkpoint
-    return Saver(run.checkpoints, keep_last=table.keep_last, keep_every=table.keep_every, background=table.background)
+    return Saver(
+        run.checkpoints,
+        keep_last=table.keep_last,
+        keep_every=table.keep_every,
+        background=table.background,
+        crew=Crew.of(run.split.mesh),
+    )
 
 
 def open_profiler(run: Run) -> Profiler:
@@ -156,20 +159,18 @@ def open_profiler(run: Run) -> Profiler:
     return Profiler(run.config.metrics.profile if run.writes else (), run.folder / "trace.json")
 
 
-def save(run: Run, saver: Saver | None, metrics: Metrics) -> None:
-    """Save the run's state: every rank gives its part, rank 0 writes.
+def save(run: Run, saver: Saver, metrics: Metrics) -> None:
+    """Save the run's state: every rank writes its part.
 
     Raises:
         SilentError: bits of it changed in memory since the last update; nothing is saved.
     """
     run.checks.confirm(run.step)
-    state = run.state()
-    if saver:
-        saver.save(state)
+    saver.save(run.state())
     metrics.write("event", run.step, event="checkpoint", text=f"step {run.step}")
 
 
-def leave(run: Run, saver: Saver | None, metrics: Metrics, received: signal.Signals) -> None:
+def leave(run: Run, saver: Saver, metrics: Metrics, received: signal.Signals) -> None:
     """Save and stop; all ranks together, since launchers kill those that are still saving when the first has left.
 
     Raises:
@@ -178,8 +179,7 @@ def leave(run: Run, saver: Saver | None, metrics: Metrics, received: signal.Sign
     if not due(run.step, run.config.checkpoint.every):
         save(run, saver, metrics)
     metrics.write("event", run.step, event="stopped", text=received.name)
-    if saver:
-        saver.wait()
+    saver.wait()
     collectives.barrier(run.split.mesh.everyone, name="saved")
     raise Interrupted(received, run.step)
 

@@ -8,15 +8,16 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 import tozan
 from tozan import checkpoint, files
 from tozan.checkpoint import State
+from tozan.checkpoint.crew import settle
 from tozan.comm import Mesh
 from tozan.config import Config, Loaded
 from tozan.data import Dataset, Manifest
@@ -26,6 +27,7 @@ from tozan.optim.adamw import SLOTS, AdamW
 from tozan.train import machine
 from tozan.train.checks import Checks
 from tozan.train.copies import Copies
+from tozan.train.crew import Crew
 from tozan.train.precision import Precision
 from tozan.train.split import Split, build, mesh_layout
 
@@ -104,37 +106,46 @@ class Run:
     def state(self) -> State:
         """All that is needed to continue as if nothing had happened, under global names and in global shapes.
 
-        Alone, the tensors are the live ones, not copies. In a layout this is a collective, and the tensors that rank 0
-        gets are whole; the other ranks get none.
+        The tensors are the live ones, not copies: alone all of them, in a layout the boxes that this rank writes.
         """
-        parameters = {name: p.detach() for name, p in self.split.sync.parameters.items()}
-        optimizer = self.optimizer.tensors()
-        if self.split.alone:
-            tensors = {f"model/{name}": t for name, t in parameters.items()}
-            tensors |= {f"optimizer/{name}": t for name, t in optimizer.items()}
-        else:
-            slots = tuple(f"{slot}/" for slot in SLOTS)
-            gathered = chain(
-                ((f"model/{name}", t) for name, t in self.split.whole(parameters, ("",))),
-                ((f"optimizer/{name}", t) for name, t in self.split.whole(optimizer, slots)),
-            )
-            tensors = {name: t for name, t in gathered if self.writes}
-        tensors["rng/cpu"] = torch.get_rng_state()
+        live = self._live()
+        rng = {"rng/cpu": torch.get_rng_state()} if self.writes else {}
         files = {"tokenizer.json": self.data.tokenizer_json, "config.toml": self.config_toml.encode()}
-        return State(self.step, tensors, self.meta(), files)
+        if self.split.alone:
+            whole = {prefix + name: t for prefix, tensors in live.items() for name, t in tensors.items()}
+            return State(self.step, whole | rng, self.meta(), files)
+        mine = {
+            prefix + name: pieces
+            for prefix, tensors in live.items()
+            for name, pieces in self.split.shared_out(tensors).items()
+        }
+        return State(self.step, rng, self.meta(), files, mine)
+
+    def _live(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's tensors by parameter, under the prefix of their names in a checkpoint."""
+        parameters, optimizer = self.split.sync.parameters, self.optimizer.tensors()
+        return {
+            "model/": {name: p.detach() for name, p in parameters.items()},
+            **{f"optimizer/{slot}/": {name: optimizer[f"{slot}/{name}"] for name in parameters} for slot in SLOTS},
+        }
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint, whatever layout it was saved under, one tensor at a time.
+        """Continue from a checkpoint, whatever layout it was saved under; each rank reads what it holds.
 
         Raises:
             UserError: the checkpoint belongs to another model or another tokenizer, or is damaged.
         """
         start = checkpoint.load(folder, only="rng/")
         refuse_other(folder, start.meta, self)
-        if self.split.alone:
-            checkpoint.load(folder, into=self.state().tensors)
-        else:
-            self._take_pieces(folder)
+        checkpoint.fill(
+            folder,
+            {
+                prefix + name: pieces
+                for prefix, tensors in self._live().items()
+                for name, pieces in self.split.held(tensors).items()
+            },
+        )
+        self.split.sync.publish()
         torch.set_rng_state(start.tensors["rng/cpu"])
         self.take(start.step, start.meta)
 
@@ -144,20 +155,6 @@ class Run:
         self.precision.load(meta["precision"])
         self.step, self.samples, self.tokens = step, meta["samples"], meta["tokens"]
         self.checks.forget()
-
-    @torch.no_grad()
-    def _take_pieces(self, folder: Path) -> None:
-        optimizer = self.optimizer.tensors()
-        for key, whole in checkpoint.stream(folder):
-            group, _, name = key.partition("/")
-            slot = ""
-            if group == "optimizer":
-                slot, _, name = name.partition("/")
-            piece = None if group == "rng" else self.split.own(name, whole)
-            if piece is not None:
-                live = optimizer[f"{slot}/{name}"] if slot else self.split.sync.parameters[name]
-                live.copy_(piece)
-        self.split.sync.publish()
 
 
 def refuse_other(folder: Path, meta: Mapping[str, Any], run: Run) -> None:
@@ -268,10 +265,25 @@ def resume(run: Run) -> None:
     if run.copies.resume(run):
         run.notes.append(("resumed", f"continues from the copy of step {run.step} in memory"))
         return
-    newest = checkpoint.newest(run.checkpoints, lambda problem: run.notes.append(("damaged checkpoint", str(problem))))
+    newest = agreed_newest(run)
     if newest is not None:
         run.restore(newest)
         run.notes.append(("resumed", f"continues from {newest.name}"))
+
+
+def agreed_newest(run: Run) -> Path | None:
+    """The newest good checkpoint: rank 0 reads it through, the others hear which one it is."""
+    crew = Crew.of(run.split.mesh)
+    newest, error = None, None
+    if run.writes:
+        try:
+            newest = checkpoint.newest(
+                run.checkpoints, lambda problem: run.notes.append(("damaged checkpoint", str(problem)))
+            )
+        except UserError as damaged:
+            error = damaged
+    name = settle(crew, error, newest.name if newest else "")
+    return run.checkpoints / name if name else None
 
 
 def facts(run: Run) -> dict[str, Any]:

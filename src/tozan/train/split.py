@@ -5,7 +5,7 @@ One process is the layout 1 × 1 × 1 of the same code: nothing is replaced, not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tozan import layout, models, schedules
+from tozan.checkpoint import Pieces
 from tozan.comm import Mesh, collectives
 from tozan.config import Config
 from tozan.errors import Problem, UserError
@@ -24,6 +25,7 @@ from tozan.parallel import fits, pipeline, recompute
 from tozan.parallel.data import DataParallel
 from tozan.parallel.placement import Placement
 from tozan.parallel.zero import Zero
+from tozan.train import pieces
 from tozan.train.precision import Precision
 
 
@@ -35,6 +37,8 @@ class Sync(Protocol):
     resting: dict[str, nn.Parameter]
     whole_at_rest: bool
     whole_state: bool
+    starts: dict[str, int]
+    replica: tuple[int, int]
 
     def begin(self, last: bool) -> None: ...  # noqa: D102
     def hand_over(self, names: Collection[str], last: bool) -> None: ...  # noqa: D102
@@ -42,8 +46,6 @@ class Sync(Protocol):
     def sums_of_squares(self) -> dict[str, float]: ...  # noqa: D102
     def publish(self) -> None: ...  # noqa: D102
     def witness(self, on: bool) -> int | None: ...  # noqa: D102
-    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]: ...  # noqa: D102
-    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...  # noqa: D102
 
 
 def mesh_layout(config: Config) -> layout.Layout:
@@ -126,38 +128,15 @@ class Split:
         row = collectives.all_reduce(row, self.mesh.joined("pp", "tp"), name="gradient norm")
         return dict(zip(self.sizes, row.tolist(), strict=True))
 
-    def whole(self, tensors: Mapping[str, Tensor], slots: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """Global tensors from every rank's pieces, one at a time: a collective.
+    def held(self, tensors: Mapping[str, Tensor]) -> dict[str, Pieces]:
+        """Where this rank's tensors, by parameter, belong in the global ones: all boxes that it holds."""
+        return pieces.held(tensors, self.sync.starts, self.placements)
 
-        Args:
-            tensors: this rank's, under `<slot><parameter>` for each slot.
-            slots: prefixes, the same on every rank: `""` for parameters, `exp_avg/` and so on.
-        """
-        for slot in slots:
-            mine = {name: tensors[slot + name] for name in self.sync.parameters}
-            pieces = self.sync.whole({slot + name: t for name, t in mine.items()})
-            if not self.model_axes:
-                yield from pieces
-                continue
-            local = dict(pieces)
-            for name, size in self.sizes.items():
-                yield slot + name, self._assemble(name, size, local.get(slot + name))
-
-    def _assemble(self, name: str, size: torch.Size, piece: Tensor | None) -> Tensor:
-        """One global tensor from the pieces of pipeline stages and tensor-parallel ranks, bit for bit."""
-        dtype = next(iter(self.sync.parameters.values())).dtype
-        whole = torch.zeros(size, dtype=dtype)
-        if piece is not None and tensor.counts_here(self.placements[name], self.mesh):
-            self.placements[name].put(piece.detach(), whole)
-        # Each element has one owner. Added as integers, its bits survive (0.0 + -0.0 would lose a sign).
-        bits = whole.view(torch.int64 if dtype == torch.float64 else torch.int32)
-        return collectives.all_reduce(bits, self.mesh.joined("pp", "tp"), name=f"state of {name}").view(dtype)
-
-    def own(self, name: str, whole: Tensor, slot: str = "") -> Tensor | None:
-        """This rank's piece of a global tensor; None if it holds nothing of it."""
-        if name not in self.placements:
-            return None
-        return self.sync.own({slot + name: self.placements[name].take(whole)})[slot + name]
+    def shared_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Pieces]:
+        """The boxes that fall to this rank so that all ranks together have each element of the global tensors once."""
+        replicas = {name: pieces.replica(self.placements[name], self.mesh, self.sync.replica) for name in tensors}
+        numbers = {name: number for number, name in enumerate(self.sizes)}
+        return pieces.shared_out(tensors, self.sync.starts, self.placements, replicas, numbers)
 
 
 def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precision: Precision) -> Split:
