@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import spawn
+from ranks import RankError, spawn
 
 from tozan import checkpoint
 from tozan.checkpoint import Box, Pieces, Saver, State, fingerprint, state_hash
@@ -144,6 +144,42 @@ def test_what_fails_on_one_rank_fails_the_save_on_all_with_one_error_and_leaves_
         assert after == ["step-00000001"]
         assert end == ["step-00000001", "step-00000003"]
     assert checkpoint.verify(tmp_path / "step-00000001") == checkpoint.verify(tmp_path / "step-00000003") == []
+
+
+def find_newest(root: Path, size: int) -> tuple[str, list[str], list[str]]:
+    """What this rank takes to be the newest good one, what it heard, and which files it read through."""
+    heard, read, real = [], [], os.open
+
+    def watch(path, *flags, **options):
+        read.append(Path(path).name)
+        return real(path, *flags, **options)
+
+    os.open = watch
+    try:
+        found = checkpoint.newest(root, lambda problem: heard.append(str(problem)), crew=crew_of(size))
+    finally:
+        os.open = real
+    return str(found), heard, [name for name in read if name.endswith(".safetensors")]
+
+
+def test_ranks_share_the_reading_of_the_newest_and_pass_over_a_damaged_one_together(tmp_path):
+    spawn(3, save_steps, tmp_path, 3, 2, False)
+    path = tmp_path / "step-00000002" / "model-rank000001-00001-of-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    outcomes = spawn(3, find_newest, tmp_path, 3)
+    assert {found for found, _, _ in outcomes} == {str(tmp_path / "step-00000001")}
+    for _, heard, _ in outcomes:
+        assert len(heard) == 1
+        assert path.name in heard[0]
+    files = sorted(each.name for each in tmp_path.glob("step-*/*.safetensors"))
+    assert sorted(name for _, _, read in outcomes for name in read) == files
+    assert all(read for _, _, read in outcomes)
+    (tmp_path / "step-00000001" / "trainer.json").unlink()
+    with pytest.raises(RankError) as caught:
+        spawn(3, find_newest, tmp_path, 3)
+    assert "all 2 checkpoints are damaged" in str(caught.value)
 
 
 def no_folder(root: Path, size: int) -> str:

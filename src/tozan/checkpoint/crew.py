@@ -76,6 +76,12 @@ def settle(crew: Crew, error: BaseException | None, text: str = "") -> str:
     return str(said[0]["text"])
 
 
+def pool(crew: Crew, found: Sequence[Problem]) -> list[Problem]:
+    """Every rank's problems, the same list on all ranks; a main thread's call, at the same point on all of them."""
+    own = {"problems": [(problem.where, problem.what, problem.fix) for problem in found]}
+    return problems([json.loads(text) for text in crew.exchange(json.dumps(own))])
+
+
 def told(rank: int, error: BaseException | None) -> list[tuple[str, str, str]]:
     """An error as it is told to other ranks; nothing for None."""
     if error is None:

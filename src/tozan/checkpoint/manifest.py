@@ -172,12 +172,18 @@ def _tiles(entry: Entry) -> bool:
         return False
     boxes = [list(zip(box.offset, box.shape, strict=True)) for box in entry.parts]
     inside = all(at + size <= whole for box in boxes for (at, size), whole in zip(box, entry.shape, strict=True))
-    overlap = any(
-        all(a < b + m and b < a + n for (a, n), (b, m) in zip(one, other, strict=True))
-        for index, one in enumerate(boxes)
-        for other in boxes[:index]
-    )
-    return inside and not overlap and sum(math.prod(p.shape) for p in entry.parts) == math.prod(entry.shape)
+    return inside and not _overlap(boxes) and sum(math.prod(p.shape) for p in entry.parts) == math.prod(entry.shape)
+
+
+def _overlap(boxes: list[list[tuple[int, int]]]) -> bool:
+    """Whether any two boxes, as (start, size) by dim, share an element; sorted, so only near ones are compared."""
+    near: list[list[tuple[int, int]]] = []
+    for box in sorted(boxes):
+        near = [other for other in near if not box or sum(other[0]) > box[0][0]]
+        if any(all(a < b + m and b < a + n for (a, n), (b, m) in zip(box, other, strict=True)) for other in near):
+            return True
+        near.append(box)
+    return False
 
 
 def _tail(body: bytes) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tozan import files, layout
 from tozan.checkpoint import folders, manifest
+from tozan.checkpoint.crew import Alone, Crew, pool, settle
 from tozan.checkpoint.manifest import Entry, Manifest, Part, part_bytes
 from tozan.checkpoint.state import DTYPES, Box, Pieces, State, raw
 from tozan.errors import Problem, UserError
@@ -90,12 +91,13 @@ def fill(folder: Path, into: Mapping[str, Pieces]) -> None:
                 _read_part(folder, descriptor, offsets, place, into[place[0]].boxes)
 
 
-def verify(folder: Path, only: str = "") -> list[Problem]:
+def verify(folder: Path, only: str = "", share: tuple[int, int] = (0, 1)) -> list[Problem]:
     """Read a checkpoint through and list what is wrong with it.
 
     Args:
         folder: one checkpoint.
         only: look only at tensors whose names begin with this.
+        share: (i, n): read only every n-th file, beginning with the i-th; n readers together have read all.
 
     Returns:
         All problems found; empty if the checkpoint is good.
@@ -106,22 +108,26 @@ def verify(folder: Path, only: str = "") -> list[Problem]:
     except UserError as error:
         return error.problems
     bad = {problem.where for problem in problems}
-    for name, file in table.files.items():
-        if file.header is None and str(folder / name) not in bad:
+    places = _by_file(table, only)
+    names = [name for name, file in sorted(table.files.items()) if file.header is None or name in places]
+    for name in names[share[0] :: share[1]]:
+        if str(folder / name) in bad:
+            continue
+        if name in places:
+            problems += _problems(_scan, folder, table, name, places[name])
+        else:
             problems += _problems(_small, folder, table, name)
-    for name, places in _by_file(table, only).items():
-        if str(folder / name) not in bad:
-            problems += _problems(_scan, folder, table, name, places)
     return problems
 
 
-def newest(root: Path, on_damaged: Callable[[Problem], None], only: str = "") -> Path | None:
+def newest(root: Path, on_damaged: Callable[[Problem], None], only: str = "", crew: Crew | None = None) -> Path | None:
     """The newest checkpoint that is good, looking from the newest to the oldest.
 
     Args:
         root: the folder of checkpoints; it need not exist.
         on_damaged: told about every problem of each checkpoint that was passed over.
         only: judge checkpoints only by tensors whose names begin with this.
+        crew: ranks that share the reading and come to the same answer; all of them call this. Default: alone.
 
     Returns:
         The checkpoint's folder, or None if there is none at all.
@@ -129,12 +135,10 @@ def newest(root: Path, on_damaged: Callable[[Problem], None], only: str = "") ->
     Raises:
         UserError: there are checkpoints and all are damaged; starting over is then for the user to decide.
     """
-    if not root.exists():
-        return None
-    found = folders.steps(root)
-    everything: list[Problem] = []
-    for path in reversed(found.values()):
-        problems = verify(path, only)
+    crew = crew or Alone()
+    found, everything = _candidates(root, crew), list[Problem]()
+    for path in found:
+        problems = pool(crew, verify(path, only, (crew.rank, crew.size)))
         if not problems:
             return path
         for problem in problems:
@@ -144,6 +148,17 @@ def newest(root: Path, on_damaged: Callable[[Problem], None], only: str = "") ->
         fix = f"move {root} away to start from the beginning"
         raise UserError(*everything, Problem(str(root), f"all {len(found)} checkpoints are damaged", fix))
     return None
+
+
+def _candidates(root: Path, crew: Crew) -> list[Path]:
+    """The checkpoints that rank 0 finds, newest first: ranks on other hosts may still see an older listing."""
+    names, error = "", None
+    if crew.rank == 0 and root.exists():
+        try:
+            names = "\n".join(path.name for path in reversed(folders.steps(root).values()))
+        except UserError as refused:
+            error = refused
+    return [root / name for name in settle(crew, error, names).split()]
 
 
 def resolve(path: Path, on_damaged: Callable[[Problem], None] = lambda _: None, only: str = "") -> Path:

@@ -12,7 +12,7 @@ from tozan.checkpoint import Box, Pieces
 from tozan.comm import Mesh
 from tozan.parallel.placement import Placement
 
-LEAST_BYTES = 64 << 10
+LEAST_BYTES = 1 << 20
 """Replicas share the writing of a tensor in parts of at least this size; smaller ones go round among the replicas."""
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 import tozan
 from tozan import checkpoint, files
 from tozan.checkpoint import State
-from tozan.checkpoint.crew import settle
 from tozan.comm import Mesh
 from tozan.config import Config, Loaded
 from tozan.data import Dataset, Manifest
@@ -265,25 +264,14 @@ def resume(run: Run) -> None:
     if run.copies.resume(run):
         run.notes.append(("resumed", f"continues from the copy of step {run.step} in memory"))
         return
-    newest = agreed_newest(run)
+    newest = checkpoint.newest(
+        run.checkpoints,
+        lambda problem: run.notes.append(("damaged checkpoint", str(problem))),
+        crew=Crew.of(run.split.mesh),
+    )
     if newest is not None:
         run.restore(newest)
         run.notes.append(("resumed", f"continues from {newest.name}"))
-
-
-def agreed_newest(run: Run) -> Path | None:
-    """The newest good checkpoint: rank 0 reads it through, the others hear which one it is."""
-    crew = Crew.of(run.split.mesh)
-    newest, error = None, None
-    if run.writes:
-        try:
-            newest = checkpoint.newest(
-                run.checkpoints, lambda problem: run.notes.append(("damaged checkpoint", str(problem)))
-            )
-        except UserError as damaged:
-            error = damaged
-    name = settle(crew, error, newest.name if newest else "")
-    return run.checkpoints / name if name else None
 
 
 def facts(run: Run) -> dict[str, Any]:
