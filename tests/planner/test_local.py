@@ -3,13 +3,16 @@
 import dataclasses
 
 import pytest
+import torch
 
+from tozan import models
 from tozan.layout import Layout
 from tozan.models.arithmetic import Shape, block_matrices
-from tozan.planner import local
+from tozan.parallel import recompute
+from tozan.planner import local, traffic
 from tozan.planner.books import Trip
 from tozan.planner.machine import Machine, Measured, Trainer, load
-from tozan.planner.resident import resident
+from tozan.planner.resident import _activations, resident
 
 SHAPE = Shape("gpt2", 4, 256, 4, 4, 1024, 2048, 128)
 UNIT = Trainer(
@@ -57,14 +60,42 @@ def test_ranks_that_share_a_core_take_turns():
 
 
 def test_communication_is_what_the_ledger_counts_at_the_measured_rate():
-    from tozan.planner import traffic
-
     phases = local.step(trip(tp=2), machine(2), "bf16")
     books = traffic.books(trip(tp=2), 0)
     sent = sum(
         sent for (axis, operation, _), sent in books.sent.items() if (axis, operation) == ("world", "all_reduce")
     )
     assert phases["communication/world"] == pytest.approx(1e-4 + sent / 1e9)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_block_keeps_what_autograd_keeps(family, mode):
+    """Bytes of the tensors that a real block saves in bf16, its weights' copies left out."""
+    shape = dataclasses.replace(SHAPE, family=family, kv_heads=2, mlp_width=640, sequence=160)
+    model = models.create(shape, 0)
+    recompute.apply(model, mode)
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    copies = {tuple(p.shape) for name, p in model.blocks[0].named_parameters() if p.ndim == 2}
+    copies |= {size[::-1] for size in copies}
+    x = torch.randn(2, 160, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        y = model.blocks[0](x)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    bytes_kept = sum(
+        tensor.untyped_storage().nbytes()
+        for place, tensor in saved.items()
+        if place not in own and (tensor.dtype != torch.bfloat16 or tuple(tensor.shape) not in copies)
+    )
+    assert y.shape == x.shape
+    trip = Trip(shape, Layout(), micro_batch=2, accumulate=1, item=2, recompute=mode)
+    # Beside what counts: variances, one number per token, and the tables of rotary positions.
+    assert bytes_kept == pytest.approx(_activations(trip), rel=0.02)
 
 
 def test_more_is_held_with_more_at_once():

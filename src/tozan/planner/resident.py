@@ -44,7 +44,7 @@ def _rank(trip: Trip, rank: int) -> dict[str, float]:
     blocks = sum(1 for name in sizes if name.endswith("norm1.weight"))
     kept = depth * blocks / trip.chunks * _activations(trip)
     copies = 0.0 if trip.item == word else float(trip.item * sum(_matrices(sizes).values()))
-    kept += depth / trip.chunks * copies
+    kept += (depth / trip.chunks if trip.recompute == "none" else 1) * copies
     table = word * float(sizes.get("embed.weight", 0))
     head_table = word * float(sizes.get("head.weight", sizes.get("embed.weight", 0)))
     working = _head(trip, head_table) if here["pp"] == trip.layout.pp - 1 else 0.0
@@ -103,14 +103,18 @@ def _activations(trip: Trip) -> float:
         return stream * word
     inner = tokens * shape.mlp_width / columns
     heads = tokens * (2 * shape.width + 2 * shape.kv_width) / columns
-    cast = item if item != word else 0
     gated = shape.family == "llama"
-    norms = stream * (2 * word + (2 * word if layout.scheme != "1d" else 0))
-    casts = stream * 2 * (cast or word)
+    # RMSNorm keeps its output beside its input; gate and up cast their input each for itself, unless ranks share it.
+    norms = stream * word * (4 if gated or layout.scheme != "1d" else 2)
+    casts = stream * item * (3 if gated and layout.tp == 1 else 2)
+    if gated:
+        heads += tokens * (shape.width + shape.kv_width) / columns  # rotated queries and keys beside the product
     gathered = 2 * tokens * width * item if trip.sequence_parallel else 0.0
     kept = norms + casts + gathered + item * (heads + (4 if gated else 2) * inner)
-    if trip.recompute == "selective":
-        kept -= (casts / 2 if gated else casts) + item * inner
+    if trip.recompute == "selective" and gated:
+        kept -= stream * (item + word) + 2 * item * inner
+    elif trip.recompute == "selective":
+        kept -= casts + item * inner
     return kept
 
 
