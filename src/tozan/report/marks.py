@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -86,10 +89,22 @@ def bare(axes: Axes) -> None:
     axes.tick_params(axis="y", labelcolor=INK)
 
 
-def cells(axes: Axes, left: float, bottom: float, width: float, height: float, colour: str, alpha: float) -> None:
-    """A filled rectangle whose paper shows through: shades that work on light and dark pages."""
-    patch = Rectangle((left, bottom), width, height, facecolor=colour, edgecolor="none", linewidth=0, alpha=alpha)
-    axes.add_patch(patch)
+class Cell(NamedTuple):
+    """A filled rectangle; its paper shows through, so that shades work on light and dark pages."""
+
+    left: float
+    bottom: float
+    width: float
+    height: float
+    colour: str
+    alpha: float
+
+
+def cells(axes: Axes, filled: Sequence[Cell]) -> None:
+    """Draw rectangles, all at once: one by one, a few hundred take seconds."""
+    patches = [Rectangle((cell.left, cell.bottom), cell.width, cell.height) for cell in filled]
+    colours = [to_rgba(cell.colour, cell.alpha) for cell in filled]
+    axes.add_collection(PatchCollection(patches, facecolors=colours, edgecolors="none", linewidths=0))
 
 
 def key(axes: Axes, names: Iterable[tuple[str, str]], narrow: bool, below: float = -0.04) -> None:

@@ -13,7 +13,7 @@ from tozan.report.figures import pipeline, plans
 from tozan.report.figures.plans import size
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, amount, percent, scaled, seconds
+from tozan.report.words import Tile, amount, percent, scaled, seconds, three
 from tozan.schedules import Action, Step
 
 HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh", "cost")
@@ -131,8 +131,8 @@ def _plain(value: Mapping[str, Any] | None, parameters: int | None = None) -> li
 
 
 def _row(one: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    def number(key: str, form: str = ",.3g") -> str:
-        return "—" if one.get(key) is None else format(float(one[key]), form)
+    def number(key: str) -> str:
+        return "—" if one.get(key) is None else three(float(one[key]))
 
     return (
         name,
@@ -143,7 +143,7 @@ def _row(one: Mapping[str, Any], name: str) -> tuple[str, ...]:
         number("days"),
         size(sum(one["memory"].values())),
         number("energy"),
-        number("cost", ",.0f"),
+        number("cost"),
     )
 
 
@@ -154,7 +154,7 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
             seconds(float(best["seconds"])),
             f"{seconds(float(best['low']))} to {seconds(float(best['high']))}",
         ),
-        Tile("The run", f"{float(best['days']):,.3g} days", f"{amount(float(plan['tokens']))} tokens"),
+        Tile("The run", f"{three(float(best['days']))} days", f"{amount(float(plan['tokens']))} tokens"),
         Tile(
             "Speed",
             scaled(float(best["flops_per_device"]), "FLOP/s"),
@@ -163,15 +163,15 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
         Tile("Memory", size(sum(best["memory"].values())), "on the fullest device"),
     ]
     if best.get("energy"):
-        made.append(Tile("Energy", f"{float(best['energy']):,.3g} MWh", "whole run"))
+        made.append(Tile("Energy", f"{three(float(best['energy']))} MWh", "whole run"))
     return made
 
 
 def _summary(plan: Plan, best: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     low, high = (float(best[end]) / float(best["seconds"]) * float(best["days"]) for end in ("low", "high"))
     said = [
-        f"{plan['model']} trains on {amount(float(plan['tokens']))} tokens in {float(best['days']):,.3g} days "
-        f"({low:,.3g} to {high:,.3g}) on {plan['nodes']:,} nodes, laid out as {names[0]}."
+        f"{plan['model']} trains on {amount(float(plan['tokens']))} tokens in {three(float(best['days']))} days "
+        f"({three(low)} to {three(high)}) on {plan['nodes']:,} nodes, laid out as {names[0]}."
     ]
     parts = sorted(best["breakdown"].items(), key=lambda item: -float(item[1]))[:3]
     shares = ", ".join(f"{name} {percent(float(value) / float(best['seconds']))}" for name, value in parts)

@@ -81,13 +81,14 @@ def all_figures(
 ) -> list[Figure]:
     """Every figure that the run has data for, in the order of the page."""
     forecast = predicted(found, machine) if machine else None
-    made = [*run.of_run(found)[:2], steps.phases(found, who)]
+    metrics = {figure.name: figure for figure in run.of_run(found)}
+    made = [metrics.pop("loss", None), metrics.pop("throughput", None), steps.phases(found, who)]
     if forecast:
         made.append(steps.beside(_measured(found, who), forecast.phases, forecast.low, forecast.high))
         made.append(
             plans.memory(forecast.memory, machine.device.memory if machine else None, "the fullest rank, predicted")
         )
-    made += [steps.heat_map(who, slow), pipeline.of_run(found, timeline), steps.transfers(who), *run.of_run(found)[2:]]
+    made += [steps.heat_map(who, slow), pipeline.of_run(found, timeline), steps.transfers(who), *metrics.values()]
     return [one for one in made if one is not None]
 
 

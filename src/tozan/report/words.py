@@ -84,6 +84,11 @@ def time_tick(value: float, _: object = None) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value else "0"
 
 
+def three(value: float) -> str:
+    """A number in three digits, without an exponent while it has a use: `1,360`, `23.4`, `0.052`."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def percent(share: float) -> str:
     """A share in two or three digits: `0.344` is `34.4%`."""
     return f"{100 * share:.3g}%" if math.isfinite(share) else "—"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from tozan.bench.result import Result
 from tozan.report.drawing import Figure, figure, rows_csv, table
 from tozan.report.history import Array, History
-from tozan.report.marks import AMBER, BLUE, GREY, INK, MUTED, RED, bare, cells, key
+from tozan.report.marks import AMBER, BLUE, GREY, INK, MUTED, RED, Cell, bare, cells, key
 from tozan.report.ranks import Ranks, Slow
 from tozan.report.words import axis_words, percent, phase_words, seconds
 
@@ -160,9 +160,12 @@ def heat_map(ranks: Ranks | None, slow: list[Slow]) -> Figure | None:
     top = float(lines.max()) or 1.0
 
     def draw(axes: Axes, narrow: bool) -> None:
-        for row, line in enumerate(lines):
-            for column, value in enumerate(line.tolist()):
-                cells(axes, column + 0.02, row + 0.04, 0.96, 0.92, BLUE, max(0.03, value / top))
+        filled = [
+            Cell(column + 0.02, row + 0.04, 0.96, 0.92, BLUE, max(0.03, value / top))
+            for row, line in enumerate(lines)
+            for column, value in enumerate(line.tolist())
+        ]
+        cells(axes, filled)
         axes.set_xlim(0, len(names))
         axes.set_ylim(len(labels), 0)
         step = max(1, len(labels) // 16)
