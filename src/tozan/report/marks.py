@@ -69,6 +69,7 @@ PHASE_COLOURS = {
     "evaluation": ROSE,
     "checkpoint": RED,
     "copy": RED,
+    "checks": ROSE,
     "other": LINE,
 }
 

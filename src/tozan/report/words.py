@@ -21,6 +21,7 @@ PHASE_WORDS = {
     "evaluation": "evaluation",
     "checkpoint": "checkpoint",
     "copy": "copying state to a peer",
+    "checks": "checks against silent errors",
     "other": "other",
 }
 
@@ -80,7 +81,7 @@ def seconds(value: float) -> str:
 def time_tick(value: float, _: object = None) -> str:
     """Seconds on an axis, in as few characters as will do."""
     if value >= 120:
-        return f"{value / 60:.3g} min"
+        return f"{value / 3600:.3g} h" if value >= 7200 else f"{value / 60:.3g} min"
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value else "0"
 
 
