@@ -38,13 +38,13 @@ folder = "{folder}/run"
 layers = 4
 width = 256
 heads = 4
-sequence = 256
+sequence = 64
 vocabulary = 2048
 [data]
 path = "{folder}/data"
 [train]
 steps = {steps}
-micro_batch = 4
+micro_batch = 1
 accumulate = 2
 precision = "fp32"
 threads = 1
@@ -56,14 +56,17 @@ every = 0
 
 CALLS = {
     "own_micro_batches": "data",
-    "__call__": "forward",
+    "_wrapped_call_impl": "forward",
     "backward": "backward",
     "gradient_norm": "optimizer",
     "scale_gradients": "optimizer",
     "step": "optimizer",
     "zero_grad": "optimizer",
+    "publish": "optimizer",
+    "judge": "checks",
+    "keep": "checks",
 }
-"""Which phase a function belongs to that `train_step` calls, by the name of the frame above it or the line itself."""
+"""Which phase a function belongs to that `train_step` calls."""
 
 
 def prepare(folder: Path, steps: int) -> Path:
@@ -150,11 +153,11 @@ def compare(records: list[dict], raw: str) -> None:
 def phase_of(stack: list[str]) -> str:
     """The phase of a sample: what `train_step` has called, by name; its own lines are between the phases."""
     at = next(index for index, frame in enumerate(stack) if frame.startswith("train_step "))
-    called = stack[at + 1].split(" ")[0].rpartition(".")[2] if at + 1 < len(stack) else ""
-    for name, phase in CALLS.items():
-        if called == name:
-            return phase
-    return "forward" if "call_impl" in called else "backward" if called == "item" else "other"
+    called = [frame.split(" ")[0].rpartition(".")[2] for frame in stack[at + 1 : at + 4]]
+    for name in called[:2]:  # the second where a decorator stands between
+        if name in CALLS:
+            return CALLS[name]
+    return "other"
 
 
 def main() -> None:

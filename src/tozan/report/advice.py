@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tozan.report.history import Event, History
 from tozan.report.ranks import Ranks, Slow
 from tozan.report.words import fall, middle, percent
@@ -67,6 +69,7 @@ def _total(shares: dict[str, float], phase: str) -> float:
 
 
 def slow_events(history: History, slow: list[Slow]) -> list[Event]:
-    """Slow ranks as events of the last step, beside what the run itself noticed."""
+    """Slow ranks as events of the last step, but for those that the run itself has named."""
     last = int(history.steps["step"][-1]) if history.steps["step"].size else 0
-    return [Event(last, "slow rank", str(one)) for one in slow]
+    told = " ".join(event.text for event in history.events if event.event == "slow rank")
+    return [Event(last, "slow rank", str(one)) for one in slow if not re.search(rf"\brank {one.rank}\b", told)]

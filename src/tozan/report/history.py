@@ -38,6 +38,7 @@ PHASES = (
     "communication",
     "bubble",
     "optimizer",
+    "checks",
     "evaluation",
     "checkpoint",
     "copy",
