@@ -119,13 +119,14 @@ def bench_gemm(
 @bench.command("compare", epilog=examples("tozan bench compare before.json after.json"))
 @click.argument("a", type=FOLDER)
 @click.argument("b", type=FOLDER)
-def bench_compare(a: Path, b: Path) -> None:
+@click.option("--anyway", is_flag=True, help="Also if they are of different kinds or from different machines.")
+def bench_compare(a: Path, b: Path, anyway: bool) -> None:
     """Say row by row how two measurements differ, and which differences exceed the noise."""
     from tozan.bench.compare import compare
     from tozan.bench.result import read
     from tozan.bench.show import comparison, show
 
-    show(*comparison(compare(read(a), read(b))))
+    show(*comparison(compare(read(a), read(b)), anyway))
 
 
 @bench.command(

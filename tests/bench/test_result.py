@@ -7,11 +7,12 @@ from math import comb
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tozan.bench.compare import compare
 from tozan.bench.result import Peak, Result, Row, interval, read
+from tozan.cli import main
 from tozan.errors import UserError
 
 SAMPLES = st.lists(st.floats(1e-6, 1e12), min_size=1, max_size=40)
@@ -28,6 +29,7 @@ def result(*rows, **changes):
     return Result(**given | changes)
 
 
+@settings(max_examples=20)  # each writes and syncs a file
 @given(SAMPLES)
 def test_what_is_written_is_read_back(samples):
     import tempfile
@@ -116,6 +118,26 @@ def test_comparing_the_other_way_round_gives_the_inverse(one, two, scale):
     assert scaled.ratio == pytest.approx(scale * forth.ratio)
 
 
+def test_unlike_files_are_not_compared_unless_asked(tmp_path, capsys):
+    a = result(*(Row.of(name, "s", [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]) for name in "xy"))
+    b = result(Row.of("x", "s", [2.0, 2.1, 2.2, 2.3, 2.4, 2.5]), machine={"processor": "y", "cores": 2})
+    a.write(tmp_path / "a.json")
+    b.write(tmp_path / "b.json")
+    words = ["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "processor is 'x' against 'y'" in printed
+    assert "not compared" in printed
+    assert "differs" not in printed
+    assert main([*words, "--anyway"]) == 0
+    printed = capsys.readouterr().out
+    assert "1.800" in printed, "2.25 over 1.25"
+    assert "1.333 to 2.500" in printed, "the ends of both ranges"
+    assert "1 differs" in printed
+    assert "in one file only: y" in printed
+    assert main([*words[:3], "nowhere.json"]) == 2
+
+
 def test_few_repeats_and_other_machines_are_said():
     a = result(Row.of("x", "s", [1.0, 1.1]), Row.of("only a", "s", [1.0]))
     b = result(Row.of("x", "s", [2.0, 2.1]), machine={"processor": "y", "cores": 2, "memory_bytes": 1}, kind="step")
@@ -125,4 +147,6 @@ def test_few_repeats_and_other_machines_are_said():
     assert any("kind step" in warning for warning in found.warnings)
     assert any("processor is 'x' against 'y'" in warning for warning in found.warnings)
     assert not compare(a, a).warnings
+    assert compare(a, a).alike
+    assert not found.alike
     assert {d["ratio"] for d in map(asdict, compare(a, a).differences)} == {1.0}

@@ -42,11 +42,13 @@ class Comparison:
         differences: rows of both files, in the order of the first.
         warnings: why the files may not be comparable.
         missing: names that only one of the files has.
+        alike: whether both are of one kind and from one kind of machine; where not, the differences say little.
     """
 
     differences: list[Difference]
     warnings: list[str]
     missing: list[str]
+    alike: bool
 
 
 def compare(a: Result, b: Result) -> Comparison:
@@ -58,10 +60,12 @@ def compare(a: Result, b: Result) -> Comparison:
     too few repeats to tell. This is the noise within each measurement; what changed on the machine between the two
     (load, clock, temperature) is not in it, so repeat both before you believe in a small difference.
     """
-    differences = [_difference(row, other) for row in a.rows for other in b.rows if other.name == row.name]
+    others = {row.name: row for row in b.rows}
+    differences = [_difference(row, others[row.name]) for row in a.rows if row.name in others]
     shared = {found.name for found in differences}
     missing = [row.name for row in (*a.rows, *b.rows) if row.name not in shared]
-    return Comparison(differences, _warnings(a, b), missing)
+    alike = a.kind == b.kind and all(a.machine.get(name) == b.machine.get(name) for name in ("processor", "cores"))
+    return Comparison(differences, _warnings(a, b), missing, alike)
 
 
 def _difference(a: Row, b: Row) -> Difference:

@@ -81,8 +81,11 @@ def foot(result: Result) -> str:
     return "\n".join(f"· {note}" for note in result.notes)
 
 
-def comparison(found: Comparison) -> list[object]:
-    """What `tozan bench compare` prints."""
+def comparison(found: Comparison, anyway: bool = False) -> list[object]:
+    """What `tozan bench compare` prints: warnings alone if the files are not alike, unless told to compare `anyway`."""
+    lines: list[object] = [f"warning: {warning}" for warning in found.warnings]
+    if not found.alike and not anyway:
+        return [*lines, "not compared: another kind of measurement or machine (--anyway compares them)"]
     rows = [
         (
             one.name,
@@ -94,7 +97,6 @@ def comparison(found: Comparison) -> list[object]:
         )
         for one in found.differences
     ]
-    lines: list[object] = [f"warning: {warning}" for warning in found.warnings]
     if rows:
         lines.append(table(("row", "A", "B", "B / A", "spread", "verdict"), rows))
     counts = {verdict: sum(one.verdict == verdict for one in found.differences) for verdict in _VERDICTS}

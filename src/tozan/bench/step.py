@@ -24,7 +24,7 @@ from tozan.bench.show import foot, head, percent, scaled, table
 from tozan.comm import Mesh
 from tozan.config import load, presets
 from tozan.config.schema import Config
-from tozan.data import Dataset
+from tozan.data import Dataset, Manifest
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
 from tozan.models.products import Product
@@ -141,7 +141,8 @@ def assemble(config: Config, folder: Path) -> Run:
     mesh = Mesh.create(mesh_layout(config))
     machine.prepare(config.train.threads, config.train.deterministic)
     device = machine.choose_device(config.train.device)
-    shape = resolve(config.model, VOCABULARY)
+    manifest = Path(config.data.path) / "manifest.json"
+    shape = resolve(config.model, Manifest.read(manifest.parent).vocabulary if manifest.is_file() else VOCABULARY)
     precision = Precision(config.train.precision, device)
     split = build(config, shape, mesh, device, precision)
     torch.manual_seed(config.train.seed)
