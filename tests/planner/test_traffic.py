@@ -71,6 +71,8 @@ micro_batch = 4
 accumulate = 4
 precision = "fp32"
 threads = 1
+[checks]
+memory = "off"
 """
 
 OUTSIDE = ("checkpoint",)

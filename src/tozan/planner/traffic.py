@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tozan.layout import SEGMENT, shard
+from tozan.layout import AXES, SEGMENT, shard
 from tozan.models.arithmetic import parameter_shapes
 from tozan.planner import traffic_model
 from tozan.planner.books import LOSSES_ITEM, Books, Key, Line, Trip, held, residual, role, units
 from tozan.schedules import create
+
+CHECK_WORDS, CHECK_ITEM = 6, 8
+"""What a rank says before each update, beside a checksum for every axis (`train.checks.Row`), and bytes of a word."""
 
 
 def sent(trip: Trip, rank: int) -> Counter[Key]:
@@ -90,7 +93,7 @@ def _replicas(books: Books) -> None:
 
 
 def _bookkeeping(books: Books) -> None:
-    """Small sums at the end of a step: tokens, losses, partial gradients, the gradient norm, whether to stop."""
+    """Small things at the end of a step: tokens, losses, partial gradients, gradient norm, checks, whether to stop."""
     trip, dp = books.trip, books.axis("dp")
     books.gather(dp, "tokens", dp.size, LOSSES_ITEM)
     books.gather(dp, "losses", dp.size * trip.accumulate, LOSSES_ITEM)
@@ -103,6 +106,7 @@ def _bookkeeping(books: Books) -> None:
     )
     everyone = Line("world", trip.layout.world_size, 0)
     books.all_reduce(everyone, "stop?", 1, LOSSES_ITEM)
+    books.gather(everyone, "checks", everyone.size * (CHECK_WORDS + len(AXES)), CHECK_ITEM)
 
 
 def _partial(books: Books) -> Counter[tuple[str, ...]]:
