@@ -71,7 +71,8 @@ def test_torchrun_and_mpirun_on_two_hosts_train_as_one_process_does(pair, text_d
     # In the place of ssh: `agent HOST COMMAND…`, where mpirun only ever asks for the other host.
     agent.write_text(f'#!/bin/sh\nshift\nexec {shlex.join(pair[1].command(["sh", "-c"]))} "$*"\n')
     agent.chmod(0o755)
-    text = script(job(write(tmp_path / "mpirun", text_data), [*FLAGS, *LAYOUT], hosts=str(listed)), "mpirun")
+    flags = [*FLAGS, *LAYOUT, "--layout.debug=true"]
+    text = script(job(write(tmp_path / "mpirun", text_data), flags, hosts=str(listed)), "mpirun")
     process = pair[0].start(["bash", "-c", text], **path_to_tools(), OMPI_MCA_plm_rsh_agent=agent)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
