@@ -174,14 +174,17 @@ class Monitor:
             return None  # not everyone has come yet
         beats = [json.loads(text) for text in self._store.multi_get(keys)]
         now = time.monotonic()
-        lost = []
+        silent: dict[int, float] = {}
         for rank, beat in enumerate(beats):
             count, since = self._seen.get(rank, (0, now))
             if beat["n"] != count:
                 self._seen[rank] = (beat["n"], now)
-            elif beat["n"] >= 0 and now - since > self._lost_after:
-                lost.append(rank)
-        if lost:
+            elif beat["n"] >= 0:
+                silent[rank] = now - since
+        if any(seconds > self._lost_after for seconds in silent.values()):
+            # Ranks that went together, with their host, beat at different moments: the others' time is all but up.
+            enough = max(self._lost_after - 2 * self._interval, 1.5 * self._interval)
+            lost = [rank for rank, seconds in silent.items() if seconds > enough]
             return _lost_message(lost, beats, self._lost_after)
         left = {rank for rank, beat in enumerate(beats) if beat["n"] < 0}
         hung = []
