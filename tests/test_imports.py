@@ -45,7 +45,7 @@ ALLOWED = {
     "cli_bench": {"cli_words", "bench"},
     "cli_chaos": {"cli_words", "recovery", "chaos", "config", "comm"},
     "cli_report": {"cli_words", "api", "report"},
-    "forkserver": {"cli", "chaos"},
+    "forkserver": {"cli", "chaos", "comm"},
     "cli": {
         *(
             "cli_plan",

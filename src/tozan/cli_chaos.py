@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 
 import click
@@ -28,6 +30,8 @@ def agent(config: Path, flags: tuple[str, ...]) -> None:
     from tozan.recovery.supervise import supervise
 
     here = place.find()
+    if here.world_size == 1:  # agents of several nodes are given one by whoever starts them
+        os.environ.setdefault(place.VARIABLE, secrets.token_hex(32))
     status = supervise(config, flags, here.world_size, here.rank, (here.master, here.port))
     raise click.exceptions.Exit(status)
 

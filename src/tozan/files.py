@@ -15,6 +15,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from tozan.errors import Problem, UserError
 
 PIECE = 1 << 20
 """Bytes handled at once: small enough that a piece is still in a core's L2 when it is hashed a second time."""
+
+LARGEST = 1 << 28
+"""Bytes of the largest file that is read whole: a manifest of some million tensors or documents."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -57,6 +61,22 @@ def naming(path: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(problem(error, path, doing)) from error
+
+
+def read(path: Path, limit: int = LARGEST) -> bytes:
+    """The bytes of a plain file of at most `limit` bytes: what a stranger may have put there neither blocks nor grows.
+
+    Raises:
+        OSError: it is no plain file, or larger, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer would block
+    with os.fdopen(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        if facts.st_size > limit:
+            raise OSError(errno.EFBIG, f"{facts.st_size:,} bytes; such a file has at most {limit:,}", str(path))
+        return file.read(limit + 1)
 
 
 class Writer:

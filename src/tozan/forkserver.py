@@ -161,9 +161,9 @@ def _run(command: dict[str, Any], descriptors: list[int]) -> int:
 
 def _hold_store(host: str, writing: int) -> int:
     """Hold the store through which the ranks of every generation find each other; never returns by itself."""
-    from torch._C._distributed_c10d import TCPStore
+    from tozan.comm.rendezvous import serve
 
-    store = TCPStore(host, 0, None, True, wait_for_workers=False)
+    store, _ = serve(host, 0, one_machine=host.startswith("127."))
     os.write(writing, f"{store.port}\n".encode())
     os.close(writing)
     while True:

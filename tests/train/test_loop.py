@@ -75,6 +75,17 @@ def test_a_finished_run_has_nothing_left_to_do(configure):
     assert again.loss is None
 
 
+def test_a_run_folder_is_private_and_one_that_exists_keeps_its_mode(configure):
+    before = os.umask(0)
+    try:
+        assert assemble(configure()).folder.stat().st_mode & 0o777 == 0o700
+        folder = assemble(configure()).folder
+        folder.chmod(0o755)
+        assert assemble(configure()).folder.stat().st_mode & 0o777 == 0o755
+    finally:
+        os.umask(before)
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run(configure):
     run = assemble(configure("--train.max_bad_steps=2", "--train.steps=50"))
     run.split.sync.parameters["norm.weight"].register_hook(lambda gradient: gradient * math.nan)

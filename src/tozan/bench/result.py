@@ -146,10 +146,10 @@ def read(path: Path) -> Result:
         UserError: no such file, or none of `tozan bench` in a form that this version reads; every mistake at once.
     """
     with files.naming(path, "read"):
-        text = path.read_bytes()
+        text = files.read(path)
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(Problem(str(path), f"not JSON: {error}", "name a file that `tozan bench` wrote")) from None
     if not isinstance(found, dict) or found.get("format") != "tozan bench":
         raise UserError(Problem(str(path), "no result of `tozan bench`", "name a file that `tozan bench` wrote"))

@@ -92,7 +92,7 @@ def tokenizer_json(folder: Path) -> bytes | None:
     """
     path = Path(folder) / _TOKENIZER
     with files.naming(path, "read"):
-        return path.read_bytes() if path.exists() else None
+        return files.read(path) if path.exists() else None
 
 
 def save(

@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is something else.
     """
     with files.naming(path, "read"):
-        data = path.read_bytes()
+        data = files.read(path)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tozan import files
 from tozan.errors import Problem, UserError
 from tozan.files import naming
 
@@ -116,7 +117,7 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / NAME
     with naming(path, "read"):
-        data = path.read_bytes()
+        data = files.read(path)
     body, mark, _ = data.rpartition(b' "checksum": ')
     if not mark or data != body + _tail(body).encode():
         fix = "it was cut off, damaged or edited: use another checkpoint"

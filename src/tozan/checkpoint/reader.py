@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -47,9 +47,21 @@ def load(folder: Path, only: str = "", into: Mapping[str, Tensor] | None = None)
     table = manifest.read(folder)
     _refuse(_listing(folder, table, only))
     contents = {name: _small(folder, table, name) for name, file in table.files.items() if file.header is None}
-    trainer = json.loads(contents.pop("trainer.json"))
+    trainer = _trainer(folder / "trainer.json", contents.pop("trainer.json"))
     tensors = dict(_tensors(folder, table, only, into))
     return State(step=trainer["step"], tensors=tensors, meta=trainer["meta"], files=contents)
+
+
+def _trainer(path: Path, data: bytes) -> dict[str, Any]:
+    """Read `trainer.json`, which whoever can write checksums can fill with anything."""
+    try:
+        found = json.loads(data)
+        if isinstance(found["step"], int) and isinstance(found["meta"], dict):
+            return dict(found)
+        what = "its step is no whole number, or its meta no object"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    raise UserError(Problem(str(path), f"does not say where the training stood: {what}", _DAMAGED))
 
 
 def stream(folder: Path, only: str = "", into: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -18,12 +18,14 @@ from math import prod
 from pathlib import Path
 from typing import Literal, get_args
 
-from tozan.comm.place import expand_counts
+from tozan.comm.place import VARIABLE, expand_counts
 from tozan.errors import EXIT_AGAIN, EXIT_LOST, Problem, UserError
 from tozan.layout import walk
 
 Launcher = Literal["torchrun", "mpirun", "slurm", "pjm"]
 _PORT = 29_400
+_SECRET = f'export {VARIABLE}="${{{VARIABLE}:-$(od -An -N32 -tx1 /dev/urandom | tr -d " \\n")}}"'
+"""Made anew for every job, and passed on in the environment, which only the user and root can read."""
 _FIRST_COMPUTE_DOMAIN = 4
 """On Fugaku NUMA nodes 0 to 3 hold the assistant cores, 4 to 7 the four CMGs that compute."""
 _CMGS, _CMG_CORES = 4, 12
@@ -163,6 +165,8 @@ def script(job: Job, launcher: Launcher, *, header: bool = True) -> str:
         lines += _pjm_header(job)
     lines += ["set -euo pipefail"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
+    if job.nodes == 1 or launcher != "torchrun":
+        lines.append(_SECRET)
     if job.cores_per_rank and launcher != "pjm":
         lines.append(f"export OMP_NUM_THREADS={job.cores_per_rank}")
     body = {"torchrun": _torchrun, "mpirun": _mpirun, "slurm": _slurm, "pjm": _pjm}[launcher]
@@ -238,6 +242,7 @@ def _torchrun(job: Job) -> list[str]:
     where = "--standalone"
     if job.nodes > 1:
         lines.append("# start this on every node, with MASTER_ADDR the name of the first")
+        lines.append(f"# and {VARIABLE} the same 64 random hexadecimal digits")
         where = f"--nnodes={job.nodes} --rdzv-backend=c10d --rdzv-id={shlex.quote(job.name)}"
         where += f' --rdzv-endpoint="${{MASTER_ADDR:?name of the first node}}:{_PORT}"'
     where += f" --max-restarts={job.restarts}"
@@ -245,7 +250,7 @@ def _torchrun(job: Job) -> list[str]:
 
 
 def _mpirun(job: Job) -> list[str]:
-    options = [f"-np {job.ranks}"]
+    options = [f"-np {job.ranks} -x {VARIABLE}"]
     lines = []
     if job.hosts:
         options.append(f"--hostfile {shlex.quote(job.hosts)}")
@@ -316,7 +321,7 @@ def _pjm(job: Job) -> list[str]:
         "# one rank on each CMG (or pair, or all four), with its memory beside it",
         f"bind='exec numactl --cpunodebind={domains} --membind={domains} \"$@\"'",
         "mpiexec -n "
-        f"{job.ranks} -x MASTER_ADDR -x MASTER_PORT -stdout-proc {job.name}.%j/%/1000R/out "
+        f"{job.ranks} -x MASTER_ADDR -x MASTER_PORT -x {VARIABLE} -stdout-proc {job.name}.%j/%/1000R/out "
         f'-stderr-proc {job.name}.%j/%/1000R/err bash -c "$bind" -- {shlex.join(job.command)}',
     ]
     return lines

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from tozan.comm import binding
+from tozan.comm import binding, rendezvous
 from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
 from tozan.comm.mesh import Mesh
@@ -62,21 +62,20 @@ def join(
     if place.world_size == 1:
         yield Mesh.create(layout)
         return
-    store: Store = _connect(place, timeout_s, master=place.rank == 0 and not place.hosted)
-    if place.generation:  # the store outlives the ranks: what earlier ones have left there is not for these
-        store = PrefixStore(f"generation {place.generation}", store)
+    raw = _meet(place, timeout_s)
+    # An agent's store outlives the ranks: what earlier ones have left there is not for these.
+    store = _part(raw, f"generation {place.generation}")
     interface = _interface(place, store)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # The heartbeat is patient enough for the message to come from here and not from gloo's own timeout.
     patience = timedelta(seconds=timeout_s + lost_after_s + 10)
-    dist.init_process_group(
-        "gloo", store=PrefixStore("group", store), rank=place.rank, world_size=place.world_size, timeout=patience
-    )
+    group = _part(raw, f"group {place.generation}")  # held until the end
+    dist.init_process_group("gloo", store=group, rank=place.rank, world_size=place.world_size, timeout=patience)
     bound = _bind(place, store, threads)
     if place.local_rank == 0 or place.local_size <= 8:
         print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
-    beats = PrefixStore(f"monitor {place.generation}", _connect(place, timeout_s, master=False))
+    beats = _part(_connect(place, timeout_s), f"monitor {place.generation}")
     monitor = Monitor(
         beats,
         place.rank,
@@ -100,15 +99,28 @@ def join(
     dist.destroy_process_group()
 
 
-def _connect(place: Place, timeout_s: float, master: bool) -> TCPStore:
-    return TCPStore(
-        place.master,
-        place.port,
-        place.world_size,
-        is_master=master,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-    )
+def _meet(place: Place, timeout_s: float) -> TCPStore:
+    """The store of the job, which rank 0 holds unless the launcher does; rank 0 says where it is."""
+    signed = "signed with the job's secret" if rendezvous.secret() else "not signed (TOZAN_SECRET is not set)"
+    if place.rank != 0 or place.hosted:
+        if place.rank == 0:
+            print(f"tozan: ranks meet at the launcher's {place.master}:{place.port}, {signed}", file=sys.stderr)
+        return _connect(place, timeout_s)
+    one_machine = place.local_size == place.world_size
+    store, address = rendezvous.serve(place.master, place.port, one_machine=one_machine, timeout_s=timeout_s)
+    print(f"tozan: rank 0 listens on {address}:{store.port}, {signed}", file=sys.stderr)
+    return store
+
+
+def _connect(place: Place, timeout_s: float) -> TCPStore:
+    wait = timedelta(seconds=timeout_s)
+    return TCPStore(place.master, place.port, place.world_size, False, timeout=wait, wait_for_workers=False)
+
+
+def _part(store: TCPStore, name: str) -> Store:
+    """A part of the store with keys of its own, signed if the job has a secret."""
+    part, key = PrefixStore(name, store), rendezvous.secret()
+    return rendezvous.Signed(part, key, name) if key else part
 
 
 def _interface(place: Place, store: Store) -> str | None:

@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 
 from tozan.errors import Problem, UserError
 
+VARIABLE = "TOZAN_SECRET"
+"""Environment variable with the job's secret, the same for all ranks (see `rendezvous`)."""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -14,6 +14,8 @@ from tozan.config import lines
 from tozan.config.fields import Field, fields, nearest_key, nearest_table, show, tables, toml_string
 from tozan.errors import Problem
 
+LONGEST_LINE = 10_000
+"""Characters in a line of TOML."""
 LARGEST_FILE = 1 << 20
 """Bytes. A config is a page or two; a larger file is something else, such as a checkpoint."""
 
@@ -56,13 +58,27 @@ def snippet(spec: Field, value: object, origin: str) -> str:
     return f"{spec.name} = {show(value)}"
 
 
+def bounded(text: str) -> str:
+    """The text, if a TOML parser can be trusted with it: a key of very many parts takes memory by their square.
+
+    Raises:
+        ValueError: a line is too long.
+    """
+    longest = max(map(len, text.splitlines()), default=0)
+    if longest > LONGEST_LINE:
+        raise ValueError(f"has a line of {longest:,} characters; at most {LONGEST_LINE:,} make sense")
+    return text
+
+
 def read_file(path: Path) -> Source:
     """What a config file says; problems instead of exceptions, whatever the file holds."""
     source = Source()
     try:
+        if not path.is_file():
+            raise ValueError("is no plain file") if path.exists() else FileNotFoundError(2, "No such file or directory")
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"is {path.stat().st_size:,} bytes long; a config has at most {LARGEST_FILE:,}")
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        text = bounded(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
     except (OSError, ValueError) as error:
         source.problems.append(_unreadable(path, error))
         return source

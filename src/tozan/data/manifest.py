@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tozan import files
 from tozan.errors import Problem, UserError
 
 NAME = "manifest.json"
@@ -115,7 +116,7 @@ class Manifest(_Record):
         """
         path = folder / NAME
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads(files.read(path))
         except FileNotFoundError:
             rule = "there is no finished data set here" if folder.is_dir() else "there is no such folder"
             raise UserError(Problem(str(path), rule, "write one with `tozan data build`")) from None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tozan import files
 from tozan.errors import Problem, UserError
 
 END = "<|end|>"
@@ -82,7 +83,7 @@ class Tokenizer:
         """
         where = "tokenizer" if isinstance(source, bytes) else str(source)
         try:
-            json = source if isinstance(source, bytes) else Path(source).read_bytes()
+            json = source if isinstance(source, bytes) else files.read(Path(source))
             library = Library.from_str(json.decode())
         except OSError as error:
             raise UserError(Problem(where, f"cannot be read: {error.strerror}", "give a tokenizer.json")) from None

@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tozan.config.sources import bounded
 from tozan.errors import Problem, UserError
+from tozan.files import naming
+from tozan.files import read as read_bytes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Above = Annotated[float, Field(gt=0.0)]
@@ -247,6 +250,10 @@ def names() -> list[str]:
     return sorted(item.name.removesuffix(".toml") for item in _folder().iterdir() if item.name.endswith(".toml"))
 
 
+_LARGEST = 1 << 20
+"""Bytes of the largest machine file."""
+
+
 def load(name: str) -> Machine:
     """Read a machine: one that tozan ships, by name, or a TOML file, by path.
 
@@ -257,20 +264,21 @@ def load(name: str) -> Machine:
     if name in names():
         text, where = (_folder() / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml"
     elif path.is_file():
-        text, where = path.read_text(encoding="utf-8"), str(path)
+        with naming(path, "read"):
+            text, where = read_bytes(path, _LARGEST).decode(errors="replace"), str(path)
     else:
         fix = f"one of {', '.join(names())}, or the path of a machine file"
         raise UserError(Problem("--machine", f"no machine and no file is called {name!r}", fix))
     try:
-        return Machine.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(Problem(where, f"not TOML: {error}")) from None
+        return Machine.model_validate(tomllib.loads(bounded(text)))
     except ValidationError as error:
         mistakes = [
             Problem(f"{where}: {'.'.join(map(str, item['loc']))}", f"{item['input']!r:.80}: {item['msg']}")
             for item in error.errors()
         ]
         raise UserError(*mistakes) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(Problem(where, f"not TOML: {error}")) from None
 
 
 def _folder() -> Any:

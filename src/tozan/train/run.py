@@ -216,7 +216,7 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     shape = shape_of(loaded)
     precision = Precision(config.train.precision, device)
     split = build(config, shape, mesh, device, precision)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, whatever the umask
     copies = Copies.open()
     optimizer = AdamW(split.sync.parameters, config.optim, split.sync.matrices)
     run = Run(

@@ -1,0 +1,141 @@
+"""Where the ranks of a job find each other: a store that listens on one address, and whose values are signed.
+
+PyTorch's store listens on every interface of its host. `serve` gives it a socket that is bound to the one address that
+the ranks use: a loopback address on one machine.
+
+With a secret (`TOZAN_SECRET`, made by whoever starts the job, the same for all ranks), `Signed` puts an HMAC-SHA256
+before every value, made over where it is and what it says, and takes no value without one. gloo's addresses travel
+this way, so that nobody without the secret can pose as a rank, or lead a rank to another address. It hides nothing,
+cannot keep a stranger from deleting values, and ends here: what gloo's own connections carry is neither signed nor
+encrypted (docs/threat-model.md).
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+
+from torch._C._distributed_c10d import Store, TCPStore
+
+from tozan.comm.place import VARIABLE
+
+TAG = 32
+"""Bytes of an HMAC-SHA256."""
+
+
+def secret(environment: Mapping[str, str] | None = None) -> bytes:
+    """The job's secret; empty if whoever started the job made none."""
+    return (os.environ if environment is None else environment).get(VARIABLE, "").encode()
+
+
+def serve(host: str, port: int, *, one_machine: bool, timeout_s: float = 120.0) -> tuple[TCPStore, str]:
+    """Hold the store of a job.
+
+    Args:
+        host: the name by which the ranks know this machine.
+        port: where to listen; 0 takes any free port.
+        one_machine: all ranks are on this machine.
+        timeout_s: how long whoever asks for a value waits for it.
+
+    Returns:
+        The store and the address that it listens on. That is `host`'s, but every interface's where ranks of other
+        machines look for a name that is a loopback address here (Debian writes 127.0.1.1): what they see is not known.
+
+    Raises:
+        OSError: the address is in use, or none of this machine's.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    where = str(address[0])
+    if not one_machine and (where.startswith("127.") or where == "::1"):
+        where = "0.0.0.0"
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((where, port))
+    listening.listen(4096)
+    port = listening.getsockname()[1]
+    descriptor = listening.detach()  # the store closes it
+    wait = timedelta(seconds=timeout_s)
+    store = TCPStore(host, port, None, True, timeout=wait, wait_for_workers=False, master_listen_fd=descriptor)
+    return store, where
+
+
+class Signed(Store):
+    """A store that signs what is set and refuses what is not signed; `add` counts in the clear.
+
+    Keep it for as long as PyTorch uses it, which holds on to its C++ half only.
+
+    Args:
+        inner: where the values are kept.
+        key: the job's secret.
+        scope: says which part of the store this is, so that a value copied from another part is refused.
+    """
+
+    def __init__(self, inner: Store, key: bytes, scope: str) -> None:
+        super().__init__()
+        self._inner, self._key, self._scope = inner, key, scope.encode()
+
+    def _tag(self, key: str, value: bytes) -> bytes:
+        parts = self._scope, key.encode(), value
+        return hmac.digest(self._key, b"".join(len(part).to_bytes(8, "big") + part for part in parts), "sha256")
+
+    def _open(self, key: str, sealed: bytes) -> bytes:
+        value = bytes(sealed[TAG:])
+        if not hmac.compare_digest(bytes(sealed[:TAG]), self._tag(key, value)):
+            raise RuntimeError(
+                f"the store's value of {key!r} is not signed with this job's secret ({VARIABLE}): a stranger wrote it, "
+                "or a rank was started with another secret"
+            )
+        return value
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Sign and keep a value."""
+        plain = value.encode() if isinstance(value, str) else bytes(value)
+        self._inner.set(key, self._tag(key, plain) + plain)  # type: ignore[arg-type]
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value and check it.
+
+        Raises:
+            RuntimeError: it is not signed with this secret, or did not come.
+        """
+        return self._open(key, self._inner.get(key))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """`get` of several."""
+        return [self._open(key, value) for key, value in zip(keys, self._inner.multi_get(keys), strict=True)]
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return self._inner.check(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait until all keys are there."""
+        if timeout is None:
+            self._inner.wait(keys)
+        else:
+            self._inner.wait(keys, timeout)
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a counter, which is not signed."""
+        return self._inner.add(key, amount)
+
+    def delete_key(self, key: str) -> bool:
+        """Remove a key."""
+        return self._inner.delete_key(key)
+
+    def num_keys(self) -> int:
+        """How many keys there are."""
+        return self._inner.num_keys()
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long `get` and `wait` wait."""
+        self._inner.set_timeout(timeout)
+
+    @property
+    def timeout(self) -> timedelta:
+        """See `set_timeout`."""
+        found: timedelta = self._inner.timeout  # type: ignore[attr-defined]
+        return found

@@ -1,0 +1,116 @@
+"""Who can reach the ranks' store, and what a stranger who reaches it can do."""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from tozan.comm import rendezvous
+from tozan.comm.rendezvous import Signed, serve
+
+
+@pytest.fixture
+def store():
+    return serve("127.0.0.1", 0, one_machine=True, timeout_s=5)[0]
+
+
+def client(port):
+    return TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=5), wait_for_workers=False)
+
+
+def test_a_signed_store_is_a_store(store):
+    one, two = (Signed(PrefixStore("p", client(store.port)), b"secret", "group") for _ in range(2))
+    one.set("text", "ñ")
+    one.set("bytes", bytes(range(256)))
+    assert two.get("text") == "ñ".encode()
+    assert two.multi_get(["bytes", "text"]) == [bytes(range(256)), "ñ".encode()]
+    assert two.check(["text"])
+    assert not two.check(["nothing"])
+    assert one.add("count", 2) + two.add("count", 3) == 7
+    two.wait(["text"], timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda stranger, honest: stranger.set("p/a", "evil"),
+        lambda stranger, honest: stranger.set("p/a", ""),
+        lambda stranger, honest: Signed(PrefixStore("p", stranger), b"guess", "group").set("a", "evil"),
+        lambda stranger, honest: stranger.set("p/a", stranger.get("p/other")),
+        lambda stranger, honest: Signed(PrefixStore("p", stranger), b"secret", "another scope").set("a", "evil"),
+        lambda stranger, honest: stranger.set("p/a", stranger.get("p/a") + b"x"),
+    ],
+    ids=["plain", "empty", "wrong secret", "value of another key", "value of another scope", "lengthened"],
+)
+def test_what_a_stranger_writes_is_refused_by_name(store, write):
+    honest = Signed(PrefixStore("p", client(store.port)), b"secret", "group")
+    honest.set("a", "true")
+    honest.set("other", "true, too")
+    write(client(store.port), honest)
+    for read in (lambda: honest.get("a"), lambda: honest.multi_get(["a"])):
+        with pytest.raises(RuntimeError, match=r"'a' is not signed with this job's secret \(TOZAN_SECRET\)"):
+            read()
+
+
+WORKER = """
+import sys, time, torch
+from tozan.comm import collectives, launch
+from tozan.layout import Layout
+with launch.join(Layout(dp=2), timeout_s=5, lost_after_s=3) as mesh:
+    print(int(collectives.all_reduce(torch.ones(1), mesh["dp"]).item()), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def start(port, keys):
+    processes = []
+    for rank, key in enumerate(keys):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(port), rendezvous.VARIABLE: key}
+        words = [sys.executable, "-c", WORKER]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(words, env=environment, text=True, **pipes))
+    return processes
+
+
+def free_port() -> int:
+    return serve("127.0.0.1", 0, one_machine=True)[0].port
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="needs iproute2")
+def test_a_job_on_one_machine_listens_on_loopback_only():
+    """Every listening socket of both ranks, as the kernel sees them."""
+    key = secrets.token_hex(16)
+    port = free_port()
+    ranks = start(port, [key, key])
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == ["2\n", "2\n"]
+        table = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+        own = [line.split()[3] for line in table.splitlines() if any(f"pid={rank.pid}," in line for rank in ranks)]
+        assert f"127.0.0.1:{port}" in own
+        assert len(own) >= 3
+        assert all(address.startswith("127.0.0.1:") for address in own), own
+        outcomes = [rank.communicate("\n", timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert "signed with the job's secret" in outcomes[0][1]
+    assert f"127.0.0.1:{port}" in outcomes[0][1]
+
+
+def test_a_rank_with_another_secret_is_not_admitted():
+    ranks = start(free_port(), ["right", "wrong"])
+    try:
+        errors = [rank.communicate("\n", timeout=90)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert all(rank.returncode for rank in ranks)
+    assert any("is not signed with this job's secret" in error for error in errors), errors
