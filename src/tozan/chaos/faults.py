@@ -29,6 +29,9 @@ KINDS: dict[str, int] = {
     "damaged shard": 2,
     "nan gradient": 4,
     "inf gradient": 4,
+    "flipped weight bit": 3,
+    "flipped optimizer bit": 3,
+    "flipped gradient bit": 2,
     "dropped connection": 5,
 }
 """Kinds of faults and how often each comes, relative to the others."""
@@ -38,7 +41,11 @@ OUTSIDE = {
     *("damaged checkpoint, memory lost", "damaged shard"),
 }
 """Kinds that are done to a rank or its files from another process."""
-HARMLESS = {"pause", "slow rank", "nan gradient", "inf gradient"}
+GRADIENTS = {"nan gradient", "inf gradient", "flipped gradient bit"}
+MEMORY_BITS = {"flipped weight bit", "flipped optimizer bit"}
+REDONE = GRADIENTS | MEMORY_BITS
+"""Kinds after which the step is taken once more, without a restart."""
+HARMLESS = {"pause", "slow rank"} | REDONE
 """Kinds after which nothing needs to be restarted."""
 MEMORY_LOST = {"damaged checkpoint, memory lost"}
 """Kinds that stand for the loss of a node and all its memory: these may cost more than one step."""
@@ -112,8 +119,10 @@ def _place(kind: str, chance: random.Random) -> tuple[str, int, float]:
         return "copy", chance.randint(1, 2), 0.0
     if kind == "kill in a restart":
         return "restart", 1, chance.uniform(0.0, 0.15)
-    if kind in ("nan gradient", "inf gradient"):
+    if kind in GRADIENTS:
         return "step", 1, 0.0
+    if kind in MEMORY_BITS:
+        return chance.choice(("data", "forward", "backward")), 1, 0.0
     if chance.random() < 0.5:
         return "collective", chance.randint(1, 4), 0.0
     return chance.choice(_PHASES), 1, 0.0 if kind == "slow rank" else chance.choice((0.0, 0.001, 0.003))

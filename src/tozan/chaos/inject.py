@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import random
 import signal
@@ -23,10 +24,11 @@ from typing import Any
 import torch
 
 import tozan.train.loop
-from tozan.chaos.faults import Fault, Marks
+from tozan.chaos.faults import GRADIENTS, MEMORY_BITS, Fault, Marks
 from tozan.comm.ledger import Ledger
 from tozan.recovery.slots import Slots
 from tozan.train.metrics import Clock
+from tozan.train.outliers import ENOUGH
 
 _FILE_CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
 _ERRORS = {"no space": errno.ENOSPC, "device error": errno.EIO, "read-only folder": errno.EROFS}
@@ -53,7 +55,8 @@ class Injector:
     """
 
     def __init__(self, faults: list[Fault], marks: Marks) -> None:
-        self.step, self._marks = 0, marks
+        self.step, self.run, self._marks = 0, None, marks
+        self._steps = 0
         self._waiting = faults
         self._arrivals: Counter[int] = Counter()
         self._lock = threading.RLock()
@@ -69,6 +72,7 @@ class Injector:
     def begin(self, step: int) -> None:
         """A step begins."""
         self.step = step
+        self._steps += 1
 
     def reach(self, point: str) -> None:
         """This rank has come to a point: faults that were waiting for it happen, as exceptions or worse."""
@@ -81,9 +85,15 @@ class Injector:
                 os.kill(os.getpid(), signal.SIGKILL)  # for there to be a restart that can be disturbed
 
     def gradient(self, run: Any) -> Fault | None:
-        """The fault, if any, that is to spoil a gradient of this step."""
-        found = next((f for f in self._waiting if f.step <= self.step and f.point == "step"), None)
-        if found is not None and run is not None:
+        """The fault, if any, that is to spoil a gradient of this step.
+
+        A flipped bit waits until the trainer has seen enough steps to tell an odd one (see `tozan.train.outliers`).
+        """
+        self.run = run
+        ready = {True: GRADIENTS, False: GRADIENTS - {"flipped gradient bit"}}[self._steps > ENOUGH + 1]
+        due = (f for f in self._waiting if f.step <= self.step and f.point == "step" and f.kind in ready)
+        found = next(due, None)
+        if found is not None:
             self._note(found)
         return found
 
@@ -112,10 +122,26 @@ class Injector:
             os.kill(os.getpid(), _SIGNALS[name])
         elif fault.kind == "slow rank":
             time.sleep(0.03 + 0.12 * fault.chance)
+        elif fault.kind in MEMORY_BITS:
+            flip_memory(self.run, fault)
         elif fault.kind == "dropped connection":
             drop_connection(fault.chance)
         elif fault.kind in _ERRORS:
             raise OSError(_ERRORS[fault.kind], os.strerror(_ERRORS[fault.kind]), "injected")
+
+
+def flip(tensor: torch.Tensor, at: int, bit: int) -> None:
+    """Flip a bit of one element of an fp32 tensor."""
+    tensor.detach().view(-1).view(torch.int32)[at] ^= 1 << bit
+
+
+def flip_memory(run: Any, fault: Fault) -> None:
+    """Flip an exponent or high mantissa bit of a weight or of the optimizer's state."""
+    chance = random.Random(fault.chance)
+    weights = list(run.split.sync.parameters.values())
+    tensors = weights if fault.kind == "flipped weight bit" else list(run.optimizer.tensors().values())
+    tensor = chance.choice([t for t in tensors if t.numel()])
+    flip(tensor, chance.randrange(tensor.numel()), chance.randint(20, 30))
 
 
 def drop_connection(chance: float) -> None:
@@ -173,18 +199,21 @@ def wrap(injector: Injector) -> None:
 
 
 class spoiled:  # noqa: N801 - a context manager
-    """While inside, one element of one parameter's gradient is NaN or infinite."""
+    """While inside, one element of one parameter's gradient is NaN, infinite, or has its highest bit flipped."""
 
     def __init__(self, run: Any, fault: Fault) -> None:
         parameters = [p for p in run.split.model.parameters() if p.requires_grad and p.numel()]
         self._chance = random.Random(fault.chance)
         self._parameter = self._chance.choice(parameters)
-        self._value = float("nan" if fault.kind.startswith("nan") else "inf")
+        self._value = {"nan gradient": math.nan, "inf gradient": math.inf}.get(fault.kind)
 
     def __enter__(self) -> None:
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             bad = gradient.clone()
-            bad.view(-1)[self._chance.randrange(bad.numel())] = self._value
+            if self._value is None:
+                flip(bad, int(bad.abs().argmax()), 30)
+            else:
+                bad.view(-1)[self._chance.randrange(bad.numel())] = self._value
             return bad
 
         self._hook = self._parameter.register_hook(spoil)

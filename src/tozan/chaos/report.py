@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tozan.chaos.faults import HARMLESS, MEMORY_LOST, Fault
+from tozan.chaos.faults import HARMLESS, MEMORY_LOST, REDONE, Fault
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Report:
                     culprit.lost += event["lost"]
                     culprit.recovery = event["seconds"]
         for outcome in outcomes.values():
-            if outcome.kind.endswith("gradient") and outcome.step is not None:
+            if outcome.kind in REDONE and outcome.step is not None:
                 outcome.lost += 1  # taken twice, without a restart
                 lost += 1
         generations = max((event["generation"] for event in events), default=1)
