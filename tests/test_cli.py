@@ -277,6 +277,14 @@ def test_launch_writes_the_script_of_the_layout(here: Path, capsys: pytest.Captu
     assert "2x3x2" in capsys.readouterr().err
 
 
+def test_launch_starts_one_agent_for_each_node(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "run.toml", "--layout.data=8", "--launcher", "slurm", "--nodes", "2", "--agent", "--dry-run"]
+    assert cli.main(words) == 0
+    script = capsys.readouterr().out
+    assert "srun --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --no-kill" in script
+    assert f"tozan agent {here / 'run.toml'} --layout.data=8" in script
+
+
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = types.ModuleType("tozan.train")
     trainer.train = lambda *_: types.SimpleNamespace(step=5, folder=Path("x"))  # type: ignore[attr-defined]

@@ -166,17 +166,18 @@ def node_shape(_context: click.Context, _option: click.Parameter, text: str) -> 
 @click.option("--shape", default="", callback=node_shape, help="PJM's node shape, such as 2x3x2.")
 @click.option("--stage", multiple=True, help="File that every rank reads: copied to the nodes first (llio_transfer).")
 @click.option("--hosts", help="File of host names, for mpirun on several nodes.")
+@click.option("--agent", is_flag=True, help="One agent on each node, which starts its processes and watches over them.")
 @click.option("--restarts", type=click.IntRange(min=0), default=0, help="After a lost process (torchrun, Slurm).")
 @click.option("--dry-run", is_flag=True, help="Print the script and start nothing.")
-def launch(config: Path, flags: tuple[str, ...], launcher: Any, dry_run: bool, **options: Any) -> None:
+def launch(config: Path, flags: tuple[str, ...], launcher: Any, dry_run: bool, agent: bool, **options: Any) -> None:
     """Start a run with as many processes as its layout needs, under torchrun, mpirun, Slurm or PJM."""
     require_file_first(config)
     from tozan.comm.jobs import Job, start
     from tozan.config import load
 
-    ranks = load(config, flags).config.layout.processes
-    command = (sys.executable, "-m", "tozan", "train", str(config.resolve()), *flags)
-    job = Job(command, ranks, **options)
+    ranks = options["nodes"] if agent else load(config, flags).config.layout.processes
+    command = (sys.executable, "-m", "tozan", "agent" if agent else "train", str(config.resolve()), *flags)
+    job = Job(command, ranks, agents=agent, **options)
     raise click.exceptions.Exit(start(job, launcher, dry_run=dry_run))
 
 

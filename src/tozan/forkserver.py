@@ -34,12 +34,16 @@ WARM = (
 """What a rank would otherwise import for itself."""
 STORE = "-1"
 """Stands for the store where others stand for a rank."""
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that ask a run to stop. Slurm sends them to every process there is; here they are for ranks and agents."""
 _PR_SET_PDEATHSIG = 1
 
 
 def main(descriptor: int) -> None:
     """Serve until the agent closes its end."""
     die_with_parent()
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
     for module in WARM:
         importlib.import_module(module)
     agent = socket.socket(fileno=descriptor)
@@ -149,6 +153,8 @@ def _run(command: dict[str, Any], descriptors: list[int]) -> int:
     """Be `tozan WORDS`."""
     from tozan import cli
 
+    for number in ASKING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     memory, outbox, source = descriptors
     told = command["told"] | {"memory": memory, "outbox": outbox, "source": source}
     os.environ.update(command["environment"], TOZAN_AGENT=json.dumps(told))

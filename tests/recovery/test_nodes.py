@@ -10,27 +10,13 @@ from pathlib import Path
 import hosts
 import pytest
 
-from tozan import checkpoint, data
-from tozan.chaos.run import CONFIG
+from tozan import checkpoint
+from tozan.config import load
 from tozan.recovery.elastic import fitting
+from tozan.train import train
 
 STEPS = 300
 PORT = 29_471
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with the data and the config of a small run."""
-    folder = tmp_path_factory.mktemp("nodes")
-    data.build(list(data.corpus.standard_library(limit=200_000))[:100], folder / "data", vocabulary=384, validation=0.1)
-    return folder
-
-
-def config(folder: Path, name: str) -> Path:
-    path = folder / f"{name}.toml"
-    text = CONFIG.format(folder=folder / name, data=folder / "data", steps=STEPS)
-    path.write_text(text.replace("every = 10", "every = 0") + "wait = 120\nneighbour = 4\n")
-    return path
 
 
 def agents(path: Path, everyone, flags):
@@ -66,11 +52,12 @@ def wait_until(happened, seconds=200.0):
 @pytest.mark.skipif(not hosts.available(), reason="needs root and iproute2")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", [["--layout.zero=2"]], ids=["zero2"])
-def test_a_lost_node_costs_a_few_steps_and_no_bit(run, layout):
-    hurt = run / "hurt"
+def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
+    path = configure("hurt")
+    hurt = path.with_suffix("")
     with hosts.several(2) as everyone:
         _, second = everyone
-        leading, following = agents(config(run, "hurt"), everyone, layout)
+        leading, following = agents(path, everyone, layout)
         wait_until(lambda: step(hurt) >= 20)
         second.unplug()  # nobody is told: connections are half open
         wait_until(lambda: events(hurt, "rescued"))
@@ -85,12 +72,10 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(run, layout):
         assert following.wait(60) == 0
         first_layout, second_layout = events(hurt, "layout")
         assert (first_layout["ranks"], second_layout["ranks"]) == (1, 2), errors
-    calm = config(run, "calm")
-    from tozan.config import load
-    from tozan.train import train
-
+    calm = configure("calm")
     train(load(calm, ["--layout.data=1", "--train.accumulate=4"]))
-    ends = [checkpoint.load(run / name / "checkpoints" / f"step-{STEPS:08d}") for name in ("calm", "hurt")]
+    ends = [checkpoint.load(checkpoint.resolve(folder)) for folder in (calm.with_suffix(""), hurt)]
+    assert ends[0].step == ends[1].step == STEPS
     assert checkpoint.state_hash(ends[0].tensors) == checkpoint.state_hash(ends[1].tensors)
     assert ends[0].meta == ends[1].meta
     steps = [
@@ -99,8 +84,8 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(run, layout):
     assert set(steps) == set(range(1, STEPS + 1))
 
 
-def test_the_nearest_layout_keeps_the_batch_and_gives_up_replicas_first(run):
-    path = config(run, "shapes")
+def test_the_nearest_layout_keeps_the_batch_and_gives_up_replicas_first(configure):
+    path = configure("shapes")
     wide = ["--layout.data=4", "--layout.tensor=2", "--model.heads=4"]
     assert fitting(path, wide, 8).ranks == 8
     assert fitting(path, wide, 8).flags == ()

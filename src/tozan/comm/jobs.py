@@ -50,6 +50,7 @@ class Job:
         environment: further variables; on PJM those named `PJM_…` go to the job itself (`#PJM -x`), such as
             PJM_LLIO_GFSCACHE, the volumes that it uses.
         hosts: file of host names, for mpirun on several nodes outside an allocation.
+        agents: each process is an agent that survives the loss of other nodes.
         restarts: times that the job is started again after a rank was lost (torchrun and Slurm).
     """
 
@@ -66,6 +67,7 @@ class Job:
     stage: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     hosts: str | None = None
+    agents: bool = False
     restarts: int = 0
 
     @property
@@ -274,7 +276,7 @@ def _slurm_header(job: Job) -> list[str]:
     if job.cores_per_rank:
         options.append(f"--cpus-per-task={job.cores_per_rank}")
     options += [f"--time={_time(job.minutes)}", f"--output={job.name}-%j.out"]
-    options += ["--signal=USR1@120", "--requeue", "--open-mode=append"]
+    options += ["--signal=USR1@120", "--requeue", "--open-mode=append", *(["--no-kill"] if job.agents else [])]
     options += [f"--partition={job.queue}"] if job.queue else []
     options += [f"--account={job.account}"] if job.account else []
     return [f"#SBATCH {option}" for option in options]
@@ -282,7 +284,8 @@ def _slurm_header(job: Job) -> list[str]:
 
 def _slurm(job: Job) -> list[str]:
     # Ranks that stop leave together by themselves; one that is killed for leaving second would spoil the exit status.
-    options = f"--ntasks={job.ranks} --ntasks-per-node={job.per_node} --kill-on-bad-exit=0 --wait=60"
+    options = f"--ntasks={job.ranks} --ntasks-per-node={job.per_node} --kill-on-bad-exit=0"
+    options += " --wait=0 --no-kill" if job.agents else " --wait=60"
     if job.cores_per_rank:
         options += f" --cpus-per-task={job.cores_per_rank} --cpu-bind=verbose,cores --distribution=block:block"
     else:

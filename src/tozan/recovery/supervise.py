@@ -30,7 +30,10 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
         The exit status.
     """
     found = load(config, flags).config
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     if number:
+        for warning in asking:  # schedulers warn all agents of a job; the leading one acts on it
+            signal.signal(warning, signal.SIG_IGN)
         follower = Follower(leader)
         try:
             return follower.run(found.recovery.wait)
@@ -44,7 +47,7 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
         policy(found),
         partial(note, log),
     )
-    for warning in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for warning in asking:
         signal.signal(warning, agent.ask_to_stop)
     try:
         if nodes > 1:
