@@ -17,8 +17,8 @@ from tozan import checkpoint
 from tozan.comm.jobs import Job, script
 from tozan.train import train
 
-STEPS = 400
-FLAGS = (f"--train.steps={STEPS}", "--eval.every=0", "--checkpoint.every=50")
+STEPS = 240
+FLAGS = (f"--train.steps={STEPS}", "--eval.every=0", "--checkpoint.every=30")
 TWO = ("--layout.data=2", "--train.accumulate=1")
 
 
@@ -72,11 +72,11 @@ def test_slurm_warns_requeues_and_the_run_ends_as_if_undisturbed(configure, calm
             return call("squeue", "-h", "-t", "all", "-j", number, "-o", "%T").strip()
 
         number = call("sbatch", "--parsable", "job.sh").strip()
-        wait_until(lambda: steps(run) >= 60)
+        wait_until(lambda: steps(run) >= 40)
         call("scancel", "--signal=USR1", number)  # as Slurm does by itself before the time is up
         wait_until(lambda: state() == "PENDING")
         stopped = steps(run)
-        assert 60 <= stopped < STEPS
+        assert 40 <= stopped < STEPS
         call("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job rest for two minutes
         wait_until(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
     output = (tmp_path / f"again-{number}.out").read_text()
@@ -96,9 +96,9 @@ def test_torchrun_restarts_after_kill_9(configure, calm, tmp_path):
     path.write_text(script(job(tmp_path / "torchrun.toml", restarts=2), "torchrun"))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(["bash", path], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
-        wait_until(lambda: steps(run) >= 120)
+        wait_until(lambda: steps(run) >= 80)
         os.kill(children(agent.pid)[-1], signal.SIGKILL)
         output, _ = agent.communicate(timeout=400)
     assert agent.returncode == 0, output.decode()
-    assert resumed(run)[0] in range(50, STEPS, 50)
+    assert resumed(run)[0] in range(30, STEPS, 30)
     assert hash_of(run) == calm

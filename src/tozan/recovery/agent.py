@@ -39,7 +39,7 @@ class Policy:
         neighbour: steps between copies on the neighbouring node; 0: none.
         restarts: restarts in a row without a new step, after which the agent gives up.
         stopped: seconds that a rank may stand stopped (SIGSTOP) before it counts as lost.
-        leave: seconds that ranks have for leaving once the first has left.
+        leave: seconds that ranks have for leaving once the first has left before the end.
     """
 
     copies: bool = True
@@ -185,7 +185,7 @@ class Agent:
             elif self.crew.arrivals() and not self._growing and self._fitting() != self._shape:
                 self._growing = True  # everyone saves and leaves, to begin anew with the node that has come
                 self.crew.signal(signal.SIGTERM)
-            if generation.ended and give_up == float("inf"):
+            if any(generation.ended.values()) and give_up == float("inf"):
                 give_up = now + self.policy.leave
             late = now > give_up or any(now - since > self.policy.stopped for since in generation.stopped.values())
             if generation.lost or late:

@@ -6,7 +6,9 @@ One connection per pair of nodes, frames of a JSON line and raw bytes. A frame c
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
+import os
 import socket
 import threading
 from typing import Any
@@ -15,6 +17,11 @@ from tozan.recovery.node import Node
 from tozan.recovery.slots import Slots
 
 _PAUSE = 0.05
+
+
+def token() -> str:
+    """Shows that an agent belongs to the job without sending the job's secret (TOZAN_SECRET), if there is one."""
+    return hmac.new(os.environ.get("TOZAN_SECRET", "").encode(), b"tozan agent", "sha256").hexdigest()
 
 
 class Courier(threading.Thread):
@@ -46,6 +53,7 @@ class Courier(threading.Thread):
             if to is None:
                 continue
             with contextlib.suppress(OSError), socket.create_connection(to, timeout=5) as wire:
+                wire.sendall(token().encode() + b"\n")
                 while to == self._to and not self._over.wait(_PAUSE):
                     for rank, memory in list(self._node.memories.items()):
                         self._carry(wire, rank, memory.outbox)
@@ -98,6 +106,8 @@ class Guests(threading.Thread):
 
     def _take_in(self, wire: socket.socket) -> None:
         with wire, wire.makefile("rb") as stream, contextlib.suppress(OSError, ValueError, KeyError):
+            if not hmac.compare_digest(stream.readline(128), token().encode() + b"\n"):
+                return
             while line := stream.readline(1 << 20):
                 self._take(stream, json.loads(line))
 

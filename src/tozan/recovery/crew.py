@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import hmac
 import selectors
 import signal
 import socket
@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from tozan.recovery.courier import Courier, Guests
+from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
 from tozan.recovery.remote import BEAT, Remote, Wire
 
@@ -187,7 +187,7 @@ class Crew:
             end = time.monotonic() + 1.0
             while time.monotonic() < end:
                 for said in wire.hear():
-                    if said["secret"] == os.environ.get("TOZAN_SECRET", ""):
+                    if hmac.compare_digest(said["token"], token()):
                         self._remotes.append(Remote(wire, said))
                         return
                 time.sleep(0.01)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import selectors
 import signal
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tozan.errors import EXIT_LOST
-from tozan.recovery.courier import Courier, Guests
+from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
 
 BEAT = 0.1
@@ -207,7 +206,7 @@ class Follower:
         self.node.close()
 
     def _follow(self, wire: Wire) -> None:
-        wire.say(hello=socket.gethostname(), guests=self._guests.port, secret=os.environ.get("TOZAN_SECRET", ""))
+        wire.say(hello=socket.gethostname(), guests=self._guests.port, token=token())
         spoke = 0.0
         while not self._over:
             with selectors.DefaultSelector() as selector:
