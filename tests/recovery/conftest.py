@@ -22,7 +22,10 @@ def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def make(name: str) -> Path:
         path = folder / f"{name}.toml"
         text = CONFIG.format(folder=folder / name, data=folder / "data", steps=STEPS)
-        path.write_text(text.replace("every = 10", "every = 0") + "wait = 120\nneighbour = 4\n")
+        path.write_text(
+            text.replace("every = 10", "every = 0").replace("stopped = 0.25", "stopped = 60")
+            + "wait = 120\nneighbour = 4\n"
+        )
         return path
 
     return make

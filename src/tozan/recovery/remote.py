@@ -186,7 +186,7 @@ class Follower:
         since = time.monotonic()
         while time.monotonic() - since < patience:
             try:
-                with socket.create_connection(self._leader, timeout=SILENCE) as connection:
+                with socket.create_connection(self._leader, timeout=1.0) as connection:
                     self._follow(Wire(connection))
             except OSError:
                 pass
