@@ -10,7 +10,7 @@ import pytest
 from tozan import data
 from tozan.chaos.run import CONFIG
 
-STEPS = 300
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,8 @@ def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def make(name: str) -> Path:
         path = folder / f"{name}.toml"
         text = CONFIG.format(folder=folder / name, data=folder / "data", steps=STEPS)
-        path.write_text(
-            text.replace("every = 10", "every = 0").replace("stopped = 0.25", "stopped = 60")
-            + "wait = 120\nneighbour = 4\n"
-        )
+        text = text.replace("every = 10", "every = 0").replace("stopped = 0.25", "stopped = 60")
+        path.write_text(text + "wait = 120\nneighbour = 4\n")
         return path
 
     return make

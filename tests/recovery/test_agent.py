@@ -43,7 +43,9 @@ def run(path: Path, act=lambda agent: None, words=()):
 
 def state(path: Path):
     found = checkpoint.load(checkpoint.resolve(path.with_suffix("")))
-    return found.step, checkpoint.state_hash(found.tensors), found.meta
+    # Where a rank's random generator stands at the end depends on which micro-batches were its own.
+    tensors = {name: tensor for name, tensor in found.tensors.items() if name != "rng/cpu"}
+    return found.step, checkpoint.state_hash(tensors), found.meta
 
 
 def stop(agent):
@@ -70,14 +72,15 @@ def test_stopped_and_continued_or_with_a_rank_that_always_dies_the_bits_are_the_
     assert status == EXIT_AGAIN
     assert events == []
     between = state(stopped)[0]
-    assert 0 < between < 300
+    assert 0 < between < 120
     status, events = run(stopped)
     assert status == 0
     status, events = run(poor, kill_second)
     assert status == 0
     assert [event["ranks"] for event in events if event["event"] == "layout"] == [1]
     assert sum("rank 1 ended by SIGKILL" in event.get("what", "") for event in events) == 3
-    assert state(calm) == state(stopped) == state(poor)
+    assert state(stopped) == state(calm)
+    assert state(poor) == state(calm)
 
 
 def test_a_mistake_of_the_user_is_not_tried_again(configure):

@@ -17,7 +17,7 @@ from tozan.config import load
 from tozan.recovery.elastic import fitting
 from tozan.train import train
 
-STEPS = 300
+STEPS = 120
 PORT = 29_471
 
 
@@ -82,6 +82,8 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
     train(load(calm, ["--layout.data=1", "--train.accumulate=4"]))
     ends = [checkpoint.load(checkpoint.resolve(folder)) for folder in (calm.with_suffix(""), hurt)]
     assert ends[0].step == ends[1].step == STEPS
+    for end in ends:  # the random generator's state depends on which micro-batches were a rank's own
+        del end.tensors["rng/cpu"]
     assert checkpoint.state_hash(ends[0].tensors) == checkpoint.state_hash(ends[1].tensors)
     assert ends[0].meta == ends[1].meta
     steps = [
