@@ -110,9 +110,14 @@ class Outsider(threading.Thread):
         with shard.open("r+b") as file:
             file.write(good)
 
+    def _checkpoints(self) -> list[Path]:
+        return list((self._run / "checkpoints").glob("step-*"))
+
     def _damage_checkpoint(self, fault: Fault) -> None:
         """The newest checkpoint is cut short or flipped, and a rank is killed; with its node's memory, if so asked."""
-        newest = max((self._run / "checkpoints").glob("step-*"), default=None)
+        while fault.kind in MEMORY_LOST and not self._over and len(self._checkpoints()) < 3:
+            time.sleep(0.001)  # where memory is lost and all checkpoints are damaged, nothing can be saved
+        newest = max(self._checkpoints(), default=None)
         if newest is not None:
             with contextlib.suppress(OSError):
                 damage(newest, truncate=fault.kind.startswith("trunc"), chance=fault.chance)

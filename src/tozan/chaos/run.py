@@ -54,6 +54,7 @@ warmup = 20
 samples = 4
 [checkpoint]
 every = 10
+keep_last = 4
 [recovery]
 stopped = 0.25
 """
