@@ -130,6 +130,10 @@ class Remote:
     def close(self) -> None:
         """Let it go."""
         self._say(bye=True)
+        with contextlib.suppress(OSError):  # closed with words of the other side unread, it might not hear the last one
+            self.wire.socket.shutdown(socket.SHUT_WR)
+            while self.wire.socket.recv(1 << 16):
+                pass
         self.wire.socket.close()
 
     def _say(self, **words: Any) -> None:
