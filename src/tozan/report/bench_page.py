@@ -85,9 +85,9 @@ def figures(result: Result) -> list[Figure]:
 def summary(result: Result, drawn: Sequence[Figure]) -> list[str]:
     """What was found, in a sentence or two; the figures' own words."""
     if drawn:
-        return [drawn[0].description]
-    best = result.rows[:3]
-    return [", ".join(f"{row.name}: {shown(row)}" for row in best) + "."] if best else []
+        return [f"{KINDS[result.kind].capitalize()}: {drawn[0].description}"]
+    first = ", ".join(f"{row.name}: {shown(row)}" for row in result.rows[:3])
+    return [f"{KINDS[result.kind].capitalize()}: {first}."] if first else []
 
 
 def advice(result: Result, drawn: Sequence[Figure]) -> list[str]:
@@ -167,7 +167,10 @@ def _tiles(results: Sequence[Result]) -> list[Tile]:
 
 
 def _machine(result: Result) -> Table:
-    rows = [(key.replace("_", " "), value_text(value)) for key, value in result.machine.items() if _plain(value)]
+    facts = {key: value for key, value in result.machine.items() if _plain(value)}
+    memory = facts.pop("memory_bytes", None)
+    rows = [(key.replace("_", " "), value_text(value)) for key, value in facts.items()]
+    rows += [("memory", f"{memory / 2**30:.1f} GiB")] if memory else []
     rows += [(name, version) for name, version in result.versions.items()]
     return Table("Machine and versions", rows)
 

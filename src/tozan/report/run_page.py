@@ -267,6 +267,8 @@ def value_text(value: object) -> str:
     """A value of a config or a description as people read it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(value_text, value)) or "none"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)

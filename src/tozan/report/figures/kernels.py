@@ -42,11 +42,10 @@ def roofline(result: Result) -> Figure | None:
     Williams et al., Roofline, CACM 2009: a product of intensity I (FLOPs per byte moved) runs at no more than
     min(peak, I × bandwidth).
     """
-    rows = [row for row in result.rows if result.kind == "gemm" and row.get("m")]
+    rows = _most_threads(result)
     if not rows:
         return None
-    threads = max(int(row.get("threads", 1)) for row in rows)
-    rows = [row for row in rows if int(row.get("threads", 1)) == threads]
+    threads = int(rows[0].get("threads", 1))
     precisions = list(dict.fromkeys(str(row.get("precision", "fp32")) for row in rows))
     colours = dict(zip(precisions, SERIES, strict=False))
     x = {row.name: flops_of(row) / bytes_of(row) for row in rows}
@@ -112,31 +111,39 @@ def _roofline_csv(rows: list[Row], intensity: dict[str, float]) -> str:
 
 
 def slowest_products(result: Result, most: int = 12) -> list[tuple[str, ...]]:
-    """The products that take most of the step's time: name, shape, precision, rate, share of peak, share of time."""
-    rows = [row for row in result.rows if result.kind == "gemm" and row.get("m")]
-    if not rows:
-        return []
-    times = {id(row): (row.get("share") or flops_of(row)) / rate_of(row) for row in rows}
-    groups: dict[tuple[object, ...], float] = {}
+    """The products that take most of the step's time: name, shape, precision, rate, share of peak, share of time.
+
+    Those with the most threads; shares of time are of all products in the same precision and split.
+    """
+    rows = _most_threads(result)
+    times = {row.name: (row.get("share") or flops_of(row)) / rate_of(row) for row in rows}
+    totals: dict[tuple[object, object], float] = {}
     for row in rows:
-        group = (row.get("precision"), row.get("threads"), row.get("tensor"))
-        groups[group] = groups.get(group, 0.0) + times[id(row)]
+        group = row.get("precision"), row.get("tensor")
+        totals[group] = totals.get(group, 0.0) + times[row.name]
     made: list[tuple[str, ...]] = []
-    for row in sorted(rows, key=lambda row: -times[id(row)]):
-        group = (row.get("precision"), row.get("threads"), row.get("tensor"))
+    for row in sorted(rows, key=lambda row: -times[row.name])[:most]:
         peak = result.peaks.get(str(row.get("precision")))
         batch = f"{int(row.get('batch', 1)):,} × " if int(row.get("batch", 1)) > 1 else ""
+        name = f"{row['product']}, {row['direction']}" if row.get("product") else row.name
         made.append(
             (
-                row.name,
+                name,
                 f"{batch}{int(row['m']):,} × {int(row['n']):,} × {int(row['k']):,}",
                 str(row.get("precision", "")),
                 scaled(rate_of(row), "FLOP/s"),
-                percent(rate_of(row) / peak.measured) if peak else "—",
-                percent(times[id(row)] / groups[group]),
+                percent(row.get("peak_share") or rate_of(row) / peak.measured) if peak else "—",
+                percent(times[row.name] / totals[row.get("precision"), row.get("tensor")]),
             )
         )
-    return made[:most]
+    return made
+
+
+def _most_threads(result: Result) -> list[Row]:
+    """The matrix products that were measured with the most threads."""
+    rows = [row for row in result.rows if result.kind == "gemm" and row.get("m")]
+    threads = max((int(row.get("threads", 1)) for row in rows), default=1)
+    return [row for row in rows if int(row.get("threads", 1)) == threads]
 
 
 def collectives(result: Result) -> Figure | None:
