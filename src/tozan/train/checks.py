@@ -130,7 +130,7 @@ class Checks:
         self._outliers = Outliers(table.outlier) if table.outlier and exact else None
         self._stragglers = _stragglers(table, split.mesh)
         self._results: list[np.ndarray] = []
-        self._twice = False
+        self._twice, self._step = False, -1
         self._start = self._waited = self._tail = 0.0
         self.events: list[tuple[str, str]] = []
 
@@ -138,6 +138,9 @@ class Checks:
         """Before a step is computed, or computed again."""
         if self.watch.fresh:
             self.watch.keep(step)
+        if step != self._step:
+            self._results.clear()
+        self._step = step
         self._twice = self._every > 0 and (step + 1) % self._every == 0
         self._sync.witness(self._twice)
         self._start, self._waited = time.perf_counter(), self._mesh.ledger.sum().wait
