@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ranks import RankError, spawn
 from tozan import checkpoint
 from tozan.checkpoint import Box, Pieces, Saver, State, fingerprint, state_hash
 from tozan.comm import Mesh
+from tozan.comm.collectives import CommunicationError
 from tozan.errors import UserError
 from tozan.layout import Layout, rectangles, share, slabs
 from tozan.train.crew import Crew
@@ -180,6 +182,26 @@ def test_ranks_share_the_reading_of_the_newest_and_pass_over_a_damaged_one_toget
     with pytest.raises(RankError) as caught:
         spawn(3, find_newest, tmp_path, 3)
     assert "all 2 checkpoints are damaged" in str(caught.value)
+
+
+def one_never_writes(root: Path, size: int) -> float:
+    """Rank 1 begins no write; rank 0, whose writer waits for it, leaves because a collective failed."""
+    crew = crew_of(size)
+    started = time.monotonic()
+    with pytest.raises(CommunicationError) as caught, Saver(root, crew=crew) as saver:  # noqa: PT012
+        if crew.rank == 1:
+            crew.tell = lambda key, text: None
+        saver.save(state_at(1, crew.rank, size))
+        raise CommunicationError("a peer is gone")
+    assert crew.rank or "a rank is gone" in caught.value.__notes__[0]
+    return time.monotonic() - started
+
+
+def test_a_rank_that_is_gone_is_not_waited_for(tmp_path):
+    assert max(spawn(2, one_never_writes, tmp_path, 2)) < 10
+    assert checkpoint.newest(tmp_path, pytest.fail) is None
+    with Saver(tmp_path) as saver:
+        assert [path.name[:21] for path in saver.swept] == [".saving-step-00000001"]
 
 
 def no_folder(root: Path, size: int) -> str:

@@ -14,6 +14,10 @@ from typing import Protocol
 from tozan.errors import Problem, UserError
 
 
+class Broken(Exception):  # noqa: N818 - what ended the crew is the error
+    """A rank that was waited for is gone."""
+
+
 class Crew(Protocol):
     """What a saver needs of the job.
 
@@ -34,7 +38,14 @@ class Crew(Protocol):
         """Leave this rank's text under a key; from any thread, waits for nobody."""
 
     def hear(self, key: str) -> list[str]:
-        """Every rank's text under a key, by rank, once all have told theirs; from any thread, once per key."""
+        """Every rank's text under a key, by rank, once all have told theirs; from any thread, once per key.
+
+        Raises:
+            Broken: the crew broke up while this waited.
+        """
+
+    def breaks(self, error: BaseException) -> bool:
+        """Told that this rank leaves with an error; whether that means that others are gone, so that `hear` gives up."""
 
 
 class Alone:
@@ -53,6 +64,9 @@ class Alone:
 
     def hear(self, key: str) -> list[str]:  # noqa: D102
         return [self._told.pop(key)]
+
+    def breaks(self, error: BaseException) -> bool:  # noqa: D102
+        return False
 
 
 def settle(crew: Crew, error: BaseException | None, text: str = "") -> str:

@@ -123,7 +123,8 @@ class Saver:
         if error is None:
             self.close()
             return
-        # The other ranks may be elsewhere: no word with them here.
+        # The other ranks may be elsewhere: no word with them here. If one is gone, its part will never come.
+        self._crew.breaks(error)
         failed = self._joined()
         if failed is not None:
             error.add_note(f"and the last checkpoint was not saved: {failed}")

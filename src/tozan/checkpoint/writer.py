@@ -97,7 +97,8 @@ def write(staged: Path, state: State, trainer: bytes, crew: Crew, max_file_bytes
     """This rank's part in a save; on rank 0 also all that follows when the others have done theirs.
 
     Rank 0 waits for every rank, also after an error: nobody may write into a folder that is being deleted. A rank that
-    dies before it has told ends the whole job (`comm.monitor`), so no time limit is needed here.
+    dies before it has told breaks up the crew or ends the whole job (`comm.monitor`), so no time limit is needed here;
+    the folder is then swept at the next start.
 
     Args:
         staged: the folder that all ranks write into; rank 0 has made it.
@@ -108,6 +109,7 @@ def write(staged: Path, state: State, trainer: bytes, crew: Crew, max_file_bytes
 
     Raises:
         UserError: on rank 0, naming the rank if there are several: the file system refused.
+        Broken: on rank 0: a rank is gone.
     """
     own: BaseException | None = None
     try:
