@@ -183,23 +183,23 @@ def split_heads(heads: int, kv_heads: int, parts: int, index: int) -> tuple[rang
     return queries, range(key, key + 1)
 
 
-def split_layers(layers: int, stages: int, chunks: int = 1) -> tuple[tuple[range, ...], ...]:
+def split_layers(layers: int, stages: int, chunks: int = 1, sizes: Sequence[int] = ()) -> tuple[tuple[range, ...], ...]:
     """Layers of every pipeline stage: `result[stage][chunk]` is a range of block numbers.
 
     Where layers do not divide evenly the middle virtual stages get one more: the first holds the embedding too and the
-    most activations, the last the output head and the loss.
+    most activations, the last the output head and the loss. `sizes`, of every virtual stage in order, says otherwise.
 
     Raises:
-        ValueError: fewer layers than virtual stages.
+        ValueError: fewer layers than virtual stages, or sizes that do not make up the layers.
     """
     parts = stages * chunks
     if layers < parts:
         raise ValueError(f"{layers} layers cannot fill {stages} stages × {chunks} chunks")
     small, larger = divmod(layers, parts)
-    first = (parts - larger) // 2
-    sizes = [small + (first <= part < first + larger) for part in range(parts)]
-    starts = [sum(sizes[:part]) for part in range(parts)]
-    ranges = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    sizes = sizes or [small + ((parts - larger) // 2 <= part < (parts + larger) // 2) for part in range(parts)]
+    if (len(sizes), sum(sizes)) != (parts, layers) or min(sizes) < 1:
+        raise ValueError(f"{sizes} are not the layers of {stages} stages × {chunks} chunks of {layers} layers")
+    ranges = [range(sum(sizes[:part]), sum(sizes[: part + 1])) for part in range(parts)]
     return tuple(tuple(ranges[chunk * stages + stage] for chunk in range(chunks)) for stage in range(stages))
 
 

@@ -37,6 +37,8 @@ BITWISE = {
     "pp2": "pipeline=2",
     "pp2-interleaved": "pipeline=2 schedule=interleaved chunks=2",
     "pp2-zb": "pipeline=2 schedule=zero-bubble",
+    "pp2-uneven": "pipeline=2 split=[1,3]",
+    "pp2-interleaved-uneven": "pipeline=2 schedule=interleaved chunks=2 split=[1,1,1,1]",
     "pp4-gpipe": "pipeline=4 schedule=gpipe",
     "dp2-pp2": "data=2 pipeline=2",
     "dp2-pp2-zb": "data=2 pipeline=2 schedule=zero-bubble",
@@ -50,6 +52,12 @@ WITHIN = {
     "tp2-seq": "tensor=2 sequence_parallel=true",
     "tp4-2d": "tensor=4 scheme=2d",
     "tp8-2.5d": "tensor=8 scheme=2.5d depth=2",
+    "cp2": "context=2",
+    "cp4": "context=4",
+    "dp2-cp2-zero1": "data=2 context=2 zero=1",
+    "cp2-tp2-seq": "context=2 tensor=2 sequence_parallel=true",
+    "dp2-cp2-zero3-by2": "data=2 context=2 zero=3 zero_group=2",
+    "dp2-cp2-pp2": "data=2 context=2 pipeline=2 split=[1,3]",
     "dp2-tp2": "data=2 tensor=2",
     "dp2-tp2-seq-zero2": "data=2 tensor=2 sequence_parallel=true zero=2",
     "dp2-tp4-2d-zero1": "data=2 tensor=4 scheme=2d zero=1",
@@ -95,6 +103,7 @@ def write(folder: Path, data: Path, steps: int = STEPS, precision: str = "fp32")
 def flags_of(name: str, model: list[str]) -> list[str]:
     """Equal micro-batching for data layouts (2 samples each); rows for the grids of 2D and 2.5D."""
     flags = [f"--layout.{setting}" for setting in LAYOUTS.get(name, "").split()]
+    flags += ['--train.recompute_stages=["full", "none"]'] if "uneven" in name else []
     return [*model, *flags, f"--train.micro_batch={4 if '2d' in name or '2.5d' in name else 2}"]
 
 
@@ -164,7 +173,19 @@ def test_a_layout_trains_as_one_process_does(name, family, references, text_data
         assert checkpoint.state_hash(state.tensors) == checkpoint.state_hash(reference.tensors)
 
 
-MATRIX = ["one", "dp2", "dp4-zero1-by2", "dp2-zero3", "tp2-seq", "tp4-2d", "tp8-2.5d", "pp2-interleaved", "dp2-tp2-pp2"]
+MATRIX = [
+    "one",
+    "dp2",
+    "dp4-zero1-by2",
+    "dp2-zero3",
+    "cp2",
+    "dp2-cp2-zero1",
+    "tp2-seq",
+    "tp4-2d",
+    "tp8-2.5d",
+    "pp2-interleaved",
+    "dp2-tp2-pp2",
+]
 MATRIX += ["dp2-tp2-seq-zero2"]
 """Saved under each of these and loaded under each of these."""
 
@@ -243,6 +264,16 @@ BAD = {
     "6 pieces of a model of 4 layers": ["--layout.pipeline=6"],
     "layout.tensor 6 is not q × q": ["--layout.tensor=6", "--layout.scheme=2d"],
     "zero 3 with pipeline 2": ["--layout.data=2", "--layout.pipeline=2", "--layout.zero=3"],
+    "layout.split 1 + 2 = 3 layers": ["--layout.pipeline=2", "--layout.split=[1,2]"],
+    "has 3 numbers for pipeline 2 = 2 pieces": ["--layout.pipeline=2", "--layout.split=[1,1,2]"],
+    "layout.split [4] with pipeline 1": ["--layout.split=[4]"],
+    "has 1 words for 2 pipeline stages": ["--layout.pipeline=2", '--train.recompute_stages=["full"]'],
+    "sequence 16 ÷ (2 × cp 3) leaves 4 tokens over": ["--layout.context=3"],
+    "cp 2 with scheme 2d": ["--layout.context=2", "--layout.tensor=4", "--layout.scheme=2d", "--train.micro_batch=2"],
+    "dropout 0.1 with cp 2": ["--layout.context=2", "--model.dropout=0.1"],
+    "layout.data 2 × context 2 ÷ zero_group 3": [
+        *("--layout.data=2", "--layout.context=2", "--layout.zero=1", "--layout.zero_group=3")
+    ],
     "zero_group 3 leaves 1 over": ["--layout.data=4", "--layout.zero=1", "--layout.zero_group=3"],
     "sequence_parallel with tensor 1": ["--layout.sequence_parallel=true"],
     "dropout 0.1 with pp 2": ["--layout.pipeline=2", "--model.dropout=0.1"],

@@ -80,7 +80,7 @@ def _rank(place: str) -> tuple[int, int, str]:
     return 2 if place.startswith("preset ") else 1, 0, place
 
 
-SIZES = ("data", "tensor", "pipeline")
+SIZES = ("data", "context", "tensor", "pipeline")
 """Sizes of a layout; their product is the number of processes."""
 
 
@@ -90,7 +90,7 @@ def processes(config: Config, world_size: int, origin: Mapping[str, str]) -> Pro
     sizes = [f"layout.{name} {getattr(layout, name)}" for name in SIZES if getattr(layout, name) > 1]
     count = "1 process" if layout.processes == 1 else f"{layout.processes} processes"
     what = f"{' × '.join(sizes) or 'layout.data 1'} needs {count}, this run has {world_size}"
-    others = layout.tensor * layout.pipeline
+    others = layout.context * layout.tensor * layout.pipeline
     fix = f"start {count} (torchrun --nproc-per-node {layout.processes} -m tozan train ...)"
     if world_size % others == 0:
         fix += f", or set layout.data = {world_size // others}"
@@ -220,15 +220,16 @@ def grid_is_square(config: Config) -> Iterator[Finding]:
         yield f"layout.tensor {layout.tensor} is not {grid} for any whole q", f"write tensor = {_either(near)}"
 
 
-@_rule("layout.zero", "layout.zero_group", "layout.data", "layout.pipeline")
+@_rule("layout.zero", "layout.zero_group", "layout.data", "layout.context", "layout.pipeline")
 def zero_has_replicas(config: Config) -> Iterator[Finding]:
     """ZeRO shares between replicas; a pipeline runs several micro-batches at once, and needs its parameters for all."""
     layout, group = config.layout, config.layout.zero_group
     if group is not None and layout.zero == 0:
         yield f"layout.zero_group {group} with zero 0: nothing is shared", "write zero = 1, or leave zero_group out"
-    elif group is not None and layout.data % group:
-        rest = f"layout.data {layout.data} ÷ zero_group {group} leaves {layout.data % group} over"
-        yield rest, f"write zero_group = {_divisors_near(layout.data, group)}"
+    elif group is not None and (ranks := layout.data * layout.context) % group:
+        context = f" × context {layout.context}" if layout.context > 1 else ""
+        rest = f"layout.data {layout.data}{context} ÷ zero_group {group} leaves {ranks % group} over"
+        yield rest, f"write zero_group = {_divisors_near(ranks, group)}"
     if layout.zero == 3 and layout.pipeline > 1:
         what = f"layout.zero 3 with pipeline {layout.pipeline}, whose micro-batches need all parameters all the time"
         yield what, "write zero = 2, or pipeline = 1"
@@ -239,6 +240,31 @@ def sequences_have_ranks(config: Config) -> Iterator[Finding]:
     """Sequence parallelism lies along the tensor-parallel processes."""
     if config.layout.sequence_parallel and config.layout.tensor == 1:
         yield "layout.sequence_parallel with tensor 1: nobody to share the tokens with", "leave it out, or tensor = 2"
+
+
+@_rule("layout.split", "layout.pipeline", "layout.chunks", "model.layers")
+def split_is_whole(config: Config) -> Iterator[Finding]:
+    """A split says how many layers each piece of the pipeline has, and they are all the layers."""
+    split, layout, layers = config.layout.split, config.layout, config.model.layers
+    pieces = layout.pipeline * layout.chunks
+    sizes = " + ".join(map(str, split))
+    if split and layout.pipeline == 1:
+        yield f"layout.split {split} with pipeline 1: there is nothing to split", "leave split out, or write pipeline"
+    elif split and len(split) != pieces:
+        chunks = f" × chunks {layout.chunks}" if layout.chunks > 1 else ""
+        what = f"layout.split {split} has {len(split)} numbers for pipeline {layout.pipeline}{chunks} = {pieces} pieces"
+        yield what, "write one number for each piece, or leave split out"
+    elif split and sum(split) != layers:
+        yield f"layout.split {sizes} = {sum(split)} layers, model.layers is {layers}", f"write layers = {sum(split)}"
+
+
+@_rule("train.recompute_stages", "layout.pipeline")
+def recompute_names_every_stage(config: Config) -> Iterator[Finding]:
+    """One word for each pipeline stage."""
+    words, stages = config.train.recompute_stages, config.layout.pipeline
+    if words and len(words) != stages:
+        what = f"train.recompute_stages has {len(words)} words for {stages} pipeline stages"
+        yield what, "write one word for each stage, or recompute with one word for all"
 
 
 @_rule("metrics.profile")

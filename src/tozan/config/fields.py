@@ -115,7 +115,7 @@ class Field:
         if self.kind == "string":
             return "text in quotes, on one line, not empty"
         if self.kind == "array":
-            return "a list of two whole numbers in brackets, or []"
+            return "a list in brackets, or []"
         if self.kind == "boolean":
             return "true or false"
         noun = "a whole number" if self.kind == "integer" else "a number"

@@ -83,7 +83,7 @@ class Layout(Table):
     zero: Annotated[int, Field(ge=0, le=3)] = 0
     """What replicas share instead of copying (ZeRO): 1 optimizer state, 2 also gradients, 3 also parameters."""
     zero_group: Annotated[Ranks, Field(examples=[4])] | None = None
-    """Share inside groups of this many neighbouring replicas and copy across groups. Default: all replicas."""
+    """Share inside groups of this many neighbours (data × context) and copy across groups. Default: all of them."""
     tensor: Ranks = 1
     """Processes that share every matrix (tensor parallelism)."""
     scheme: Literal["1d", "2d", "2.5d"] = "1d"
@@ -92,12 +92,16 @@ class Layout(Table):
     """Depth of the 2.5d grid."""
     sequence_parallel: bool = False
     """Split norms and the residual stream over the tokens as well (1d only): less memory, the same bytes sent."""
+    context: Ranks = 1
+    """Processes that share every sequence (context parallelism): ring attention, each with 1/context of the tokens."""
     pipeline: Ranks = 1
     """Pipeline stages; each holds some of the layers."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
     """Order of forward and backward passes in the pipeline."""
     chunks: Ranks = 1
     """Pieces of the model on each stage (interleaved only)."""
+    split: Annotated[list[Ranks], Field(max_length=10_000, examples=[[4, 3, 3, 2]])] = []
+    """Layers of each pipeline stage (of each piece, in the model's order, with chunks). Empty: as even as can be."""
     timeout: Annotated[int, Field(ge=5, le=86_400)] = 120
     """Seconds that a process may wait for others before the run is ended with a message that names who was late."""
     debug: bool = False
@@ -106,8 +110,8 @@ class Layout(Table):
 
     @property
     def processes(self) -> int:
-        """Processes of the whole run: data × tensor × pipeline."""
-        return self.data * self.tensor * self.pipeline
+        """Processes of the whole run: data × context × tensor × pipeline."""
+        return self.data * self.context * self.tensor * self.pipeline
 
 
 class Train(Table):
@@ -125,6 +129,10 @@ class Train(Table):
     """Compute type. Weights, gradients and optimizer state stay fp32 (with fp64: fp64); fp16 scales the loss."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, the MLP's inner ones (`selective`), or all (`full`)."""
+    recompute_stages: Annotated[
+        list[Literal["none", "selective", "full"]], Field(max_length=10_000, examples=[["full", "none"]])
+    ] = []
+    """In place of `recompute`, one word for each pipeline stage: early stages hold the most micro-batches at once."""
     compile: bool = False
     """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
     deterministic: bool = True

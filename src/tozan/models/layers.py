@@ -2,13 +2,14 @@
 
 Shapes: B samples, T tokens, D width, H query heads, K key/value heads, S head size.
 Nothing here knows about ranks. A tensor-parallel scheme may replace `qkv` and `proj` by shards of themselves;
-attention then finds fewer heads in what `qkv` returns.
+attention then finds fewer heads in what `qkv` returns. Context parallelism replaces `Attention.attend`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,7 @@ class Attention(nn.Module):
         self.rotary = rotary
         self.qkv = nn.Linear(shape.width, shape.width + 2 * shape.kv_width, bias=bias)
         self.proj = nn.Linear(shape.width, shape.width, bias=bias)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
 
     def forward(self, qkv: Tensor, past: Past | None = None) -> Tensor:
         """Attends, given what `qkv` returned.
@@ -138,7 +140,7 @@ class Attention(nn.Module):
             q, k = torch.split(qk, [self.group * kv_heads, kv_heads], dim=1)
         if past is not None:
             k, v = past.extend(k, v)
-        y = attend(q, k, v)
+        y = self.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt, log2
+from math import gcd, isqrt, log2
 from typing import Literal
 
 from tozan.errors import Problem, UserError
@@ -92,13 +92,13 @@ def nearest(request: Request, layout: Layout, world_size: int, most: int = 3) ->
 
 
 def candidates(world_size: int, cp: int = 1) -> Iterator[Layout]:
-    """Every layout of `world_size` processes with this `cp` (or 1, if it does not divide)."""
-    cp = cp if world_size % cp == 0 else 1
-    for pp in _divisors(world_size // cp):
-        for tp in _divisors(world_size // cp // pp):
-            dp = world_size // cp // pp // tp
-            for scheme, depth in _schemes(tp):
-                yield Layout(pp, dp, cp, tp, scheme, depth)
+    """Every layout of `world_size` processes whose `cp` divides this one."""
+    for context in _divisors(gcd(cp, world_size)):
+        for pp in _divisors(world_size // context):
+            for tp in _divisors(world_size // context // pp):
+                dp = world_size // context // pp // tp
+                for scheme, depth in _schemes(tp):
+                    yield Layout(pp, dp, context, tp, scheme, depth)
 
 
 def describe(layout: Layout) -> str:
@@ -175,9 +175,12 @@ def _sequence(request: Request, layout: Layout) -> Iterator[tuple[str, str]]:
         yield what, f"sequence {tokens - rest}" if tokens > rest else ""
     if layout.cp > 1 and tokens % (2 * layout.cp):
         what = f"sequence {tokens} ÷ (2 × cp {layout.cp}) leaves {tokens % (2 * layout.cp)} tokens over"
-        yield f"{what} (each rank holds a piece from either end)", ""
+        up = -(-tokens // (2 * layout.cp)) * 2 * layout.cp
+        yield f"{what} (each rank holds a piece from either end)", f"sequence {up}"
     if layout.cp > 1 and layout.scheme != "1d":
         yield f"cp {layout.cp} with scheme {layout.scheme}, whose attention keeps whole sequences", "use scheme 1d"
+    if layout.cp > 1 and request.shape.dropout:
+        yield f"dropout {request.shape.dropout} with cp {layout.cp}: the masks would depend on the layout", "dropout 0"
 
 
 def _pipeline(request: Request, layout: Layout) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +41,8 @@ class Trip:
         sequence_parallel: of the 1D scheme.
         schedule: of the pipeline.
         chunks: pieces of the model per stage.
+        split: layers of each piece, if not as even as can be.
+        recompute_stages: what each pipeline stage computes again, if not all the same.
         recompute: what is computed again in backward passes.
     """
 
@@ -57,6 +60,31 @@ class Trip:
     schedule: Name = "1f1b"
     chunks: int = 1
     recompute: str = "none"
+    split: tuple[int, ...] = ()
+    recompute_stages: tuple[str, ...] = ()
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same part of the model and add up gradients."""
+        return self.layout.dp * self.layout.cp
+
+    @property
+    def tokens(self) -> int:
+        """Of a sequence, on each rank."""
+        return self.shape.sequence // self.layout.cp
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether a pipeline hands each micro-batch's gradients to the replicas."""
+        return self.layout.pp > 1 and self.replicas > 1 and (self.deterministic or self.zero >= 2)
+
+    def pieces(self, stage: int) -> tuple[range, ...]:
+        """Blocks of a pipeline stage, by chunk."""
+        return split_layers(self.shape.layers, self.layout.pp, self.chunks, self.split)[stage]
+
+    def tied_apart(self, stage: int) -> bool:
+        """Whether a tied embedding's gradient is a matter of its own on this stage."""
+        return self.hands_over and self.shape.tied and stage in (0, self.layout.pp - 1)
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,16 @@ class Books:
         """An axis, or several joined."""
         ranks = self.trip.layout.group(self._rank, *names)
         return Line(label or "+".join(names), len(ranks), ranks.index(self._rank))
+
+    @cached_property
+    def replicas(self) -> Line:
+        """Those that add up gradients."""
+        return self.axis("dp", "cp") if self.trip.layout.cp > 1 else self.axis("dp")
+
+    @property
+    def recompute(self) -> str:
+        """What this rank computes again in backward passes."""
+        return self.trip.recompute_stages[self.here["pp"]] if self.trip.recompute_stages else self.trip.recompute
 
     @cached_property
     def tensor(self) -> Line:
@@ -145,7 +183,7 @@ def held(trip: Trip, here: dict[str, int]) -> dict[str, int]:
     """Elements of every parameter that a rank holds after tensor and pipeline parallelism, in the model's order."""
     shape, layout = trip.shape, trip.layout
     stage, last = here["pp"], here["pp"] == layout.pp - 1
-    blocks = {n for piece in split_layers(shape.layers, layout.pp, trip.chunks)[stage] for n in piece}
+    blocks = {n for piece in trip.pieces(stage) for n in piece}
     found = {}
     for name, size in parameter_shapes(shape).items():
         top = name.split(".")[0]
@@ -170,16 +208,20 @@ def role(name: str) -> Role:
 
 def units(trip: Trip, here: dict[str, int]) -> list[tuple[str, Packing]]:
     """The flat buffers that replicas exchange: buckets of gradients, or ZeRO's units of one block each."""
-    sizes, replicas = held(trip, here), trip.layout.dp
+    sizes, replicas, stage = held(trip, here), trip.replicas, here["pp"]
     if trip.zero == 0:
         backward = dict(reversed(sizes.items()))
-        groups = bucket_names({name: size * trip.state_item for name, size in backward.items()}, BUCKET_BYTES)
-        return [(f"bucket {i}", Packing({n: backward[n] for n in g}, replicas)) for i, g in enumerate(groups)]
+        found: list[list[str]] = []
+        for group in _groups(trip, backward, stage):
+            found += bucket_names({name: backward[name] * trip.state_item for name in group}, BUCKET_BYTES)
+        return [(f"bucket {i}", Packing({n: backward[n] for n in g}, replicas)) for i, g in enumerate(found)]
     inside = trip.zero_group or replicas
     groups_of: dict[str, dict[str, int]] = {}
     order: dict[str, int] = {}
     for name, size in sizes.items():
-        if name.startswith("blocks."):
+        if name == "embed.weight" and trip.tied_apart(stage):
+            unit = name
+        elif name.startswith("blocks."):
             unit = f"block {order.setdefault(name.split('.')[1], len(order))}"
         else:
             unit = "after the blocks" if order else "before the blocks"
@@ -187,10 +229,27 @@ def units(trip: Trip, here: dict[str, int]) -> list[tuple[str, Packing]]:
     return [(unit, Packing(group, inside, replicas // inside)) for unit, group in groups_of.items()]
 
 
+def _groups(trip: Trip, names: Iterable[str], stage: int) -> list[list[str]]:
+    """Parameters whose gradients go together: all, or those of one chunk of a pipeline stage."""
+    if not trip.hands_over:
+        return [list(names)]
+    chunk_of = {number: chunk for chunk, piece in enumerate(trip.pieces(stage)) for number in piece}
+    found: list[list[str]] = [[] for _ in range(trip.chunks + 1)]
+    for name in names:
+        top, rest = name.split(".", 1)
+        if top == "embed" and trip.tied_apart(stage):
+            found[-1].append(name)
+        elif top == "blocks":
+            found[chunk_of[int(rest.split(".")[0])]].append(name)
+        else:
+            found[trip.chunks - 1 if top in ("norm", "head") else 0].append(name)
+    return found
+
+
 def residual(trip: Trip) -> int:
     """Elements of a rank's part of the residual stream of one micro-batch."""
     layout = trip.layout
-    elements = trip.micro_batch * trip.shape.sequence * trip.shape.width
+    elements = trip.micro_batch * trip.tokens * trip.shape.width
     if layout.scheme != "1d":
         return elements // (layout.grid * layout.tp_depth) // layout.grid
     return elements // layout.tp if trip.sequence_parallel else elements

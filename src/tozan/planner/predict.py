@@ -124,19 +124,21 @@ def trip_of(config: Config) -> Trip:
     item = 8 if train.precision == "fp64" else ITEM[train.precision]
     return Trip(
         shape_of(config),
-        Layout(pp=table.pipeline, dp=table.data, tp=table.tensor, scheme=table.scheme, tp_depth=table.depth),
+        Layout(table.pipeline, table.data, table.context, table.tensor, table.scheme, table.depth),
         train.micro_batch or 1,
         train.accumulate or 1,
         item,
         max(item, 4),
         4 if train.precision == "fp16" else item,
-        table.zero if table.data > 1 else 0,
+        table.zero if table.data * table.context > 1 else 0,
         table.zero_group,
         train.deterministic,
         table.sequence_parallel,
         table.schedule,
         table.chunks,
         train.recompute,
+        tuple(table.split),
+        tuple(train.recompute_stages),
     )
 
 
@@ -154,10 +156,11 @@ def candidate_of(config: Config) -> Candidates:
     return candidates(
         pp=table.pipeline,
         dp=table.data,
+        cp=table.context,
         tp=table.tensor,
         micro_batch=train.micro_batch or 1,
         chunks=table.chunks,
-        zero=table.zero if table.data > 1 else 0,
+        zero=table.zero if table.data * table.context > 1 else 0,
         recompute=train.recompute,
         sequence_parallel=int(table.sequence_parallel),
         zero_bubble=int(table.schedule == "zero-bubble"),

@@ -150,8 +150,7 @@ def config(plan: Plan) -> str:
     """A config for `tozan train`; what the trainer cannot do yet is said in a comment."""
     best, shape = plan.choices[0], plan.shape
     one = best.layout
-    unsaid = [f"cp{one['cp']}"] if one["cp"] > 1 else []
-    unsaid += [f"the optimizer in {one['offload']}"] if one["offload"] != "none" else []
+    unsaid = f"the optimizer in {one['offload']}" if one["offload"] != "none" else ""
     model = [f"{key} = {_toml(getattr(shape, key))}" for key in _MODEL_KEYS]
     accumulate = plan.global_batch // (one["dp"] * one["micro_batch"])
     lines = [
@@ -159,7 +158,7 @@ def config(plan: Plan) -> str:
         f"# predicted: {best.seconds:.3g} s a step ({best.low:.3g} to {best.high:.3g}), {best.days:.3g} days",
     ]
     if unsaid:
-        lines.append(f"# this layout also needs {' and '.join(unsaid)}, which the trainer cannot do yet")
+        lines.append(f"# this layout also needs {unsaid}, which the trainer cannot do yet")
     lines += ["version = 1", "", "[run]", f'folder = "runs/{re.sub(r"[^A-Za-z0-9.-]+", "-", plan.model)}"', ""]
     lines += ["[model]", *model, "", "[data]", 'path = "data"', "", "[layout]"]
     lines += [f"{key} = {_toml(value)}" for key, value in _layout_table(one).items()]
@@ -178,6 +177,8 @@ def config(plan: Plan) -> str:
 def _layout_table(one: Mapping[str, Any]) -> dict[str, object]:
     """The `[layout]` table of a choice; what is at its default is left out."""
     table: dict[str, object] = {"data": one["dp"], "tensor": one["tp"], "pipeline": one["pp"], "zero": one["zero"]}
+    if one["cp"] > 1:
+        table["context"] = one["cp"]
     if one["grid"]:
         table |= {"scheme": "2.5d" if one["depth"] > 1 else "2d", "depth": one["depth"]}
     if one["sequence_parallel"]:

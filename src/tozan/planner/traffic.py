@@ -54,25 +54,31 @@ def _messages(books: Books) -> None:
     if trip.shape.tied and axis.index == 0:
         books.add(axis, "send", "tied embedding", message, trip.accumulate)
     if trip.shape.tied and axis.index == axis.size - 1:
-        books.add(axis, "send", "tied embedding", held(trip, books.here)["embed.weight"] * trip.state_item)
+        elements = held(trip, books.here)["embed.weight"]
+        if trip.hands_over:
+            packing = next(packing for _, packing in units(trip, books.here) if "embed.weight" in packing.offsets)
+            elements = packing.total // (trip.replicas if trip.deterministic else trip.zero_group or trip.replicas)
+        books.add(axis, "send", "tied embedding", elements * trip.state_item)
     books.gather(axis, "losses", axis.size * trip.accumulate, trip.state_item)
 
 
 def _replicas(books: Books) -> None:
     """Gradients and parameters over data-parallel ranks."""
-    trip, dp = books.trip, books.axis("dp")
+    trip, dp = books.trip, books.replicas
     if dp.size == 1:
         return
     shards = trip.zero_group if trip.zero and trip.zero_group else dp.size
     hybrid = shards < dp.size
-    inside = Line("dp_shards", shards, dp.index % shards) if hybrid else dp
-    across = Line("dp_replicas", dp.size // shards, dp.index // shards)
-    in_order = trip.deterministic and trip.layout.pp == 1
+    inside = Line(f"{dp.name}_shards", shards, dp.index % shards) if hybrid else dp
+    across = Line(f"{dp.name}_replicas", dp.size // shards, dp.index // shards)
+    in_order = trip.deterministic
     often = trip.accumulate if in_order or trip.zero >= 2 else 1
     for unit, packing in units(trip, books.here):
         name, total = f"gradients of {unit}", packing.total
         axis = inside if hybrid and not in_order else dp
-        books.scatter(axis, name, total, total // axis.size, trip.state_item, often)
+        # The first stage gets the sum of a tied embedding from the last.
+        if not ("embed.weight" in packing.offsets and books.here["pp"] == 0 and trip.tied_apart(0)):
+            books.scatter(axis, name, total, total // axis.size, trip.state_item, often)
         if hybrid and in_order:
             books.gather(across, name, packing.shard, trip.state_item)
         elif hybrid:
@@ -94,7 +100,7 @@ def _replicas(books: Books) -> None:
 
 def _bookkeeping(books: Books) -> None:
     """Small things at the end of a step: tokens, losses, partial gradients, gradient norm, checks, whether to stop."""
-    trip, dp = books.trip, books.axis("dp")
+    trip, dp = books.trip, books.replicas
     books.gather(dp, "tokens", dp.size, LOSSES_ITEM)
     books.gather(dp, "losses", dp.size * trip.accumulate, LOSSES_ITEM)
     for axes, elements in _partial(books).items():

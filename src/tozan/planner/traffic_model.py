@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tozan.layout import split_layers
 from tozan.models.arithmetic import block_matrices
 from tozan.planner.books import CHUNK_ELEMENTS, Books, residual
 
@@ -10,11 +9,12 @@ from tozan.planner.books import CHUNK_ELEMENTS, Books, residual
 def passes(books: Books) -> None:
     """All micro-batches of a step, forward and backward."""
     trip = books.trip
+    stage, last = books.here["pp"], trip.layout.pp - 1
+    blocks = sum(map(len, trip.pieces(stage)))
+    _ring(books, blocks * trip.accumulate)
     if trip.layout.tp == 1:
         return
     scheme = Flat(books) if trip.layout.scheme == "1d" else Grid(books)
-    stage, last = books.here["pp"], trip.layout.pp - 1
-    blocks = sum(len(piece) for piece in split_layers(trip.shape.layers, trip.layout.pp, trip.chunks)[stage])
     scheme.blocks(blocks * trip.accumulate)
     shared = trip.shape.tied and last > 0
     if stage == 0:
@@ -27,19 +27,28 @@ def passes(books: Books) -> None:
             scheme.embedding(trip.accumulate, backward=True)
 
 
+def _ring(books: Books, times: int) -> None:
+    """Keys and values on their way round in attention, forward and backward, and their gradients behind them."""
+    trip, axis = books.trip, books.axis("cp")
+    moved = (axis.size - 1) * 2 * trip.micro_batch * trip.tokens * trip.shape.kv_width // trip.layout.tp
+    again = 1 if books.recompute == "full" else 0
+    books.add(axis, "send", "keys and values", moved * trip.item, (2 + again) * times)
+    books.add(axis, "send", "gradients of keys and values", moved * max(trip.item, 4), times)
+
+
 class Flat:
     """1D tensor parallelism, with sequence parallelism if asked for."""
 
     def __init__(self, books: Books) -> None:
         self.books, trip = books, books.trip
-        self.whole = trip.micro_batch * trip.shape.sequence * trip.shape.width
+        self.whole = trip.micro_batch * trip.tokens * trip.shape.width
         self.own = self.whole // trip.layout.tp
 
     def blocks(self, times: int) -> None:
         """Two pairs of products in each block."""
         trip, books = self.books.trip, self.books
-        enters = {"none": 0, "full": 2, "selective": 2 if trip.shape.family == "gpt2" else 1}[trip.recompute]
-        leaves = 1 if trip.recompute == "full" else 0  # recomputation stops before the last sum
+        enters = {"none": 0, "full": 2, "selective": 2 if trip.shape.family == "gpt2" else 1}[books.recompute]
+        leaves = 1 if books.recompute == "full" else 0  # recomputation stops before the last sum
         if trip.sequence_parallel:
             books.gather(books.tensor, "tp enter", self.whole, trip.item, (2 + enters) * times)
             books.scatter(books.tensor, "tp leave", self.whole, self.own, trip.item, (2 + leaves) * times)
@@ -62,7 +71,7 @@ class Flat:
     def head(self, times: int, inputs: bool = True, weights: bool = True) -> None:  # noqa: ARG002
         """Statistics of the logits, chunk by chunk, and the gradient of the head's input."""
         trip, books = self.books.trip, self.books
-        tokens, ranks = trip.micro_batch * trip.shape.sequence, trip.layout.tp
+        tokens, ranks = trip.micro_batch * trip.tokens, trip.layout.tp
         for rows in chunks(tokens, trip.shape.vocabulary // ranks):
             books.gather(books.tensor, "softmax statistics", 3 * rows * ranks, self.books.trip.state_item, times)
         if trip.sequence_parallel:
@@ -79,7 +88,7 @@ class Grid:
     def __init__(self, books: Books) -> None:
         self.books, trip = books, books.trip
         self.side = trip.layout.grid
-        self.tokens = trip.micro_batch * trip.shape.sequence // (self.side * trip.layout.tp_depth)
+        self.tokens = trip.micro_batch * trip.tokens // (self.side * trip.layout.tp_depth)
 
     def blocks(self, times: int) -> None:
         """Every product of a block and its two norms."""
@@ -89,7 +98,7 @@ class Grid:
             "none": set(),
             "full": {*block_matrices(trip.shape), "norm1", "norm2"},
             "selective": {"attn.qkv", "norm1"} | ({"mlp.fc", "mlp.proj", "norm2"} if gpt2 else {"mlp.down"}),
-        }[trip.recompute]
+        }[self.books.recompute]
         for name, (outputs, inputs) in block_matrices(trip.shape).items():
             x, weight = self.tokens * inputs // q, outputs * inputs // q**2
             self.nn(x, weight, trip.item, (2 if name in again else 1) * times)

@@ -11,7 +11,7 @@ import torch
 
 from tozan.checkpoint import Saver
 from tozan.comm import collectives
-from tozan.models.arithmetic import hardware_flops, model_flops
+from tozan.models.arithmetic import model_flops
 from tozan.train.breakdown import Breakdown
 from tozan.train.checks import REGULAR, SilentError
 from tozan.train.crew import Crew
@@ -20,6 +20,7 @@ from tozan.train.faults import BadSteps, Interrupted, StopSignal
 from tozan.train.metrics import Clock, Metrics
 from tozan.train.profile import Profiler
 from tozan.train.run import Listener, Run, resume
+from tozan.train.split import executed_flops
 from tozan.train.step import StepResult, train_step
 
 RETURNS = 5
@@ -222,7 +223,7 @@ def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock, breakdo
     )
     rate = result.tokens * steps / working
     achieved = rate * model_flops(run.shape) / run.shape.sequence
-    executed = rate * hardware_flops(run.shape, run.config.train.recompute) / run.shape.sequence
+    executed = rate * executed_flops(run.config, run.shape) / run.shape.sequence
     metrics.write(
         "step",
         run.step,
@@ -247,10 +248,10 @@ def evaluate(run: Run, metrics: Metrics) -> dict[str, float | int] | None:
     """Write and return the held-out score; None without a held-out split."""
     if run.validation is None:
         return None
-    model, stage = run.split.model, run.split.stage
+    model = run.split.model
     model.eval()
     score = held_out(
-        (lambda inputs, targets: stage.evaluate([inputs], [targets])[0]) if stage else model,
+        run.split.score,
         run.validation,
         run.config.eval.samples,
         run.micro_batch,

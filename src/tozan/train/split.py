@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from tozan import layout, models, schedules
 from tozan.checkpoint import Pieces
-from tozan.comm import Mesh, collectives
+from tozan.comm import Axis, Mesh, collectives
 from tozan.config import Config
 from tozan.errors import Problem, UserError
-from tozan.models.arithmetic import Shape
+from tozan.models.arithmetic import Shape, hardware_flops
 from tozan.models.layers import initial
 from tozan.optim.gradients import GradientNorm, norm_of_sums
 from tozan.parallel import apply as tensor
-from tozan.parallel import fits, pipeline, recompute
+from tozan.parallel import context, fits, pipeline, recompute
 from tozan.parallel.data import DataParallel
 from tozan.parallel.placement import Placement
 from tozan.parallel.zero import Zero
@@ -55,7 +55,8 @@ def mesh_layout(config: Config) -> layout.Layout:
         UserError: sizes that form no grid.
     """
     table = config.layout
-    return layout.Layout(pp=table.pipeline, dp=table.data, tp=table.tensor, scheme=table.scheme, tp_depth=table.depth)
+    sizes = {"pp": table.pipeline, "dp": table.data, "cp": table.context, "tp": table.tensor}
+    return layout.Layout(**sizes, scheme=table.scheme, tp_depth=table.depth)
 
 
 def require_fit(config: Config, shape: Shape, origin: str) -> None:
@@ -108,6 +109,22 @@ class Split:
         return self.mesh.world_size == 1
 
     @property
+    def replicas(self) -> Axis:
+        """The ranks whose gradients and losses add up: those with other samples, and those with other tokens."""
+        return _replicas(self.mesh)
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """This rank's tokens of whole sequences (B, T): all of them, without context parallelism."""
+        axis = self.mesh["cp"]
+        return x if axis.size == 1 else x[:, context.own_tokens(x.shape[1], axis).to(x.device)]
+
+    def score(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of whole sequences, both (B, T), by forward passes only; alike on all ranks of a replica."""
+        x, y = self.own_tokens(inputs), self.own_tokens(targets)
+        loss = self.stage.evaluate([x], [y])[0] if self.stage else self.model(x, y)
+        return collectives.all_reduce(loss.clone(), self.mesh["cp"], name="held-out loss", ordered=True)
+
+    @property
     def model_axes(self) -> bool:
         """Whether the model itself is cut or sharded, beside being copied."""
         return self.mesh.layout.pp * self.mesh.layout.tp > 1
@@ -139,6 +156,23 @@ class Split:
         return pieces.shared_out(tensors, self.sync.starts, self.placements, replicas, numbers)
 
 
+def recompute_of(config: Config) -> list[recompute.Mode]:
+    """What every pipeline stage recomputes."""
+    return list(config.train.recompute_stages) or [config.train.recompute] * config.layout.pipeline
+
+
+def executed_flops(config: Config, shape: Shape) -> float:
+    """FLOPs that training one sample executes, with the recomputation of every pipeline stage."""
+    table = config.layout
+    stages = layout.split_layers(shape.layers, table.pipeline, table.chunks, table.split)
+    words = zip(stages, recompute_of(config), strict=True)
+    return sum(sum(map(len, held)) * hardware_flops(shape, word) for held, word in words) / shape.layers
+
+
+def _replicas(mesh: Mesh) -> Axis:
+    return mesh.joined("dp", "cp") if mesh["cp"].size > 1 else mesh["dp"]
+
+
 def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precision: Precision) -> Split:
     """Build this rank's part of the model with its initial values, and what connects it to the others.
 
@@ -153,10 +187,12 @@ def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precis
         placements = tensor.apply(model, mesh, sequence=table.sequence_parallel)
     part = None
     if table.pipeline > 1:
-        part = pipeline.cut(model, layout.split_layers(shape.layers, table.pipeline, table.chunks), mesh["pp"].index)
+        layers = layout.split_layers(shape.layers, table.pipeline, table.chunks, table.split)
+        part = pipeline.cut(model, layers, mesh["pp"].index)
     tensor.fill(model, placements, lambda name, size: initial(shape, name, size, config.train.seed))
     model.to(device, precision.weights)
-    recompute.apply(model, config.train.recompute)
+    context.apply(model, mesh["cp"], shape.sequence)
+    recompute.apply(model, recompute_of(config)[mesh["pp"].index])
     if config.train.compile:
         if table.zero == 3:
             what = "train.compile with layout.zero 3, whose parameters come and go while a block runs"
@@ -186,7 +222,7 @@ def _stage(
 
 def _sync(config: Config, model: nn.Module, mesh: Mesh, stage: pipeline.Pipeline | None) -> Sync:
     """What makes replicas one: plain data parallelism, or a stage of ZeRO."""
-    table, axis, deterministic = config.layout, mesh["dp"], config.train.deterministic
+    table, axis, deterministic = config.layout, _replicas(mesh), config.train.deterministic
     hands_over = stage is not None and axis.size > 1 and (deterministic or table.zero >= 2)
     relays = stage.relays() if stage and hands_over else None
     sync: DataParallel | Zero

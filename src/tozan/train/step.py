@@ -70,7 +70,7 @@ def train_step(run: Run, clock: Clock) -> StepResult:
     if not run.split.alone:
         clock.mark("communication")
 
-    loss = sum(in_order(losses, run.split.mesh["dp"])) / tokens
+    loss = sum(in_order(losses, run.split.replicas)) / tokens
     lr = learning_rate(optim, run.step, run.config.train.steps)
     norm = run.split.gradient_norm(run.precision.scale)
     skipped = norm.culprit if math.isfinite(loss) else f"loss is {loss}"
@@ -98,7 +98,8 @@ def own_micro_batches(run: Run) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """This replica's micro-batches of the step, and the target tokens of the whole step.
 
     Micro-batch number j·n + r of the step is the j-th of replica r of n, so a step's samples are the same in every
-    layout. `IGNORED` ids are no targets; as inputs they are read as token 0.
+    layout. With context parallelism they are this rank's tokens of these samples. `IGNORED` ids are no targets; as
+    inputs they are read as token 0.
 
     Returns:
         (inputs, targets), both (b, T) on the run's device, for each micro-batch.
@@ -106,9 +107,10 @@ def own_micro_batches(run: Run) -> tuple[list[tuple[Tensor, Tensor]], int]:
     batches, tokens = [], 0
     for number in range(run.accumulate):
         samples = torch.from_numpy(run.data.samples(first_sample(run, number), run.micro_batch)).to(run.device)
-        batches.append((samples[:, :-1].clamp(min=0), samples[:, 1:].contiguous()))
+        inputs, targets = samples[:, :-1].clamp(min=0), samples[:, 1:].contiguous()
+        batches.append((run.split.own_tokens(inputs), run.split.own_tokens(targets)))
         tokens += int((batches[-1][1] != IGNORED).sum())
-    return batches, int(sum(in_order([float(tokens)], run.split.mesh["dp"], name="tokens")))
+    return batches, int(sum(in_order([float(tokens)], run.split.replicas, name="tokens")))
 
 
 def first_sample(run: Run, number: int) -> int:
