@@ -44,5 +44,6 @@ def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
     """
     require_fit(loaded.config, shape_of(loaded), loaded.origin.get("layout.data", "layout"))
     table = loaded.config.layout
-    with join(mesh_layout(loaded.config), timeout_s=table.timeout, debug=table.debug) as mesh:
+    threads = loaded.config.train.threads
+    with join(mesh_layout(loaded.config), timeout_s=table.timeout, threads=threads, debug=table.debug) as mesh:
         return fit(assemble(loaded, mesh), on_record)
