@@ -45,7 +45,7 @@ class Crew(Protocol):
         """
 
     def breaks(self, error: BaseException) -> bool:
-        """Told that this rank leaves with an error; whether that means that others are gone, so that `hear` gives up."""
+        """Told that this rank leaves with an error: does that mean that others are gone? `hear` then gives up."""
 
 
 class Alone:
@@ -65,7 +65,7 @@ class Alone:
     def hear(self, key: str) -> list[str]:  # noqa: D102
         return [self._told.pop(key)]
 
-    def breaks(self, error: BaseException) -> bool:  # noqa: D102
+    def breaks(self, error: BaseException) -> bool:  # noqa: ARG002, D102
         return False
 
 
