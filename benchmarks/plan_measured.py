@@ -92,6 +92,7 @@ def take_steps(path: Path, flags: list[str]) -> None:
     loaded = load(path, flags)
     with join(mesh_layout(loaded.config), timeout_s=600) as mesh:
         run = assemble(loaded, mesh)
+        mesh.ledger.clear()  # only steps count
         clock, times = Clock(lambda: None, mesh.ledger), []
         with StopSignal(mesh) as stop:
             for _ in range(loaded.config.train.steps):
