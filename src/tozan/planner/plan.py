@@ -410,7 +410,8 @@ def _advice(result: Plan, job: Job) -> list[str]:
         changes = sorted(((other.parts[k] - best.parts[k], k) for k in best.parts), reverse=True)
         worse = [f"{delta:+.3g} s {name}" for delta, name in changes[:2] if delta > 0.02 * abs(gap)]
         better = [f"{delta:+.3g} s {name}" for delta, name in changes[-1:] if delta < -0.02 * abs(gap)]
-        advice.append(f"The runner-up ({show.name(other)}) loses {gap:.3g} s a step: {', '.join(worse + better)}.")
+        why = f"loses {gap:.3g} s a step: {', '.join(worse + better)}" if worse + better else "takes as long"
+        advice.append(f"The runner-up ({show.name(other)}) {why}.")
     held = sum(best.memory.values()) / job.machine.device.memory
     if held > TIGHT:
         advice.append(f"Tight: the first fills {held:.0%} of a device's memory, and forecasts of runs were off by 9%.")

@@ -31,7 +31,7 @@ from tozan.train.precision import Precision
 from tozan.train.split import Split, build, mesh_layout
 
 FLOPS_FORMULA = (
-    "3 × forward per token; forward = 2 × weights of all products + 4 × layers × sequence × width (causal half counted)"
+    "3 × forward per token; forward = 2 × weights of all products + 4 × layers × sequence × width (masked half too)"
 )
 
 
