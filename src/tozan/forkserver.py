@@ -53,6 +53,7 @@ def main(descriptor: int) -> None:
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     Server(agent, woken, wake).serve()
+    os._exit(0)  # to take down an interpreter with torch in it takes seconds, and the agent waits
 
 
 def die_with_parent() -> None:
@@ -68,7 +69,7 @@ class Server:
         self._children: dict[int, str] = {}
 
     def serve(self) -> None:
-        """Answer until the agent is gone."""
+        """Answer until the agent has closed its end."""
         self._say(ready=os.getpid())
         selector = selectors.DefaultSelector()
         selector.register(self._agent, selectors.EVENT_READ)

@@ -103,7 +103,7 @@ def _meet(place: Place, timeout_s: float) -> TCPStore:
     """The store of the job, which rank 0 holds unless the launcher does; rank 0 says where it is."""
     signed = "signed with the job's secret" if rendezvous.secret() else "not signed (TOZAN_SECRET is not set)"
     if place.rank != 0 or place.hosted:
-        if place.rank == 0:
+        if place.rank == 0 and place.generation <= 1:
             print(f"tozan: ranks meet at the launcher's {place.master}:{place.port}, {signed}", file=sys.stderr)
         return _connect(place, timeout_s)
     one_machine = place.local_size == place.world_size

@@ -122,6 +122,28 @@ def interface_to(address: str) -> str | None:
     return None
 
 
+def listen(host: str, port: int = 0, *, one_machine: bool) -> socket.socket:
+    """Listen on one address of this machine.
+
+    Args:
+        host: the name or address by which others know this machine.
+        port: where to listen; 0 takes any free port.
+        one_machine: nobody comes from elsewhere.
+
+    Returns:
+        The socket. It is bound to `host`'s address, but to every interface's where others look for a name that is a
+        loopback address here (Debian writes 127.0.1.1): what they see is not known.
+
+    Raises:
+        OSError: the address is in use, or none of this machine's.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    where = str(address[0])
+    if not one_machine and is_loopback(where):
+        family, where = socket.AF_INET, "0.0.0.0"
+    return socket.create_server((where, port), family=family, backlog=4096)
+
+
 def is_loopback(address: str) -> bool:
     """Whether an address reaches this host only."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import hmac
 import os
-import socket
 from collections.abc import Mapping
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store, TCPStore
 
-from tozan.comm.place import VARIABLE
+from tozan.comm.place import VARIABLE, listen
 
 TAG = 32
 """Bytes of an HMAC-SHA256."""
@@ -41,21 +40,13 @@ def serve(host: str, port: int, *, one_machine: bool, timeout_s: float = 120.0) 
         timeout_s: how long whoever asks for a value waits for it.
 
     Returns:
-        The store and the address that it listens on. That is `host`'s, but every interface's where ranks of other
-        machines look for a name that is a loopback address here (Debian writes 127.0.1.1): what they see is not known.
+        The store and the address that it listens on (see `place.listen`).
 
     Raises:
         OSError: the address is in use, or none of this machine's.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    where = str(address[0])
-    if not one_machine and (where.startswith("127.") or where == "::1"):
-        where = "0.0.0.0"
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((where, port))
-    listening.listen(4096)
-    port = listening.getsockname()[1]
+    listening = listen(host, port, one_machine=one_machine)
+    where, port = listening.getsockname()[:2]
     descriptor = listening.detach()  # the store closes it
     wait = timedelta(seconds=timeout_s)
     store = TCPStore(host, port, None, True, timeout=wait, wait_for_workers=False, master_listen_fd=descriptor)

@@ -77,16 +77,15 @@ class Guests(threading.Thread):
 
     Args:
         node: where to keep them.
-        host: address to listen at; empty: all.
+        listening: where they are brought to.
 
     Attributes:
         port: where it listens.
     """
 
-    def __init__(self, node: Node, host: str = "") -> None:
+    def __init__(self, node: Node, listening: socket.socket) -> None:
         super().__init__(name="guests", daemon=True)
-        self._node = node
-        self._socket = socket.create_server((host, 0))
+        self._node, self._socket = node, listening
         self.port = int(self._socket.getsockname()[1])
 
     def stop(self) -> None:

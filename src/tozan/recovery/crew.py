@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from tozan.comm.place import listen
 from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
 from tozan.recovery.remote import BEAT, Remote, Wire
@@ -63,8 +64,9 @@ class Crew:
             patience: seconds to wait; the run begins without those that have not come by then.
         """
         self.address = address
-        self._door = socket.create_server(("", port), reuse_port=False)
-        self._courier, self._guests = Courier(self._node), Guests(self._node)
+        local = address.startswith("127.")
+        self._door = listen(address, port, one_machine=local)
+        self._courier, self._guests = Courier(self._node), Guests(self._node, listen(address, one_machine=local))
         self._courier.start()
         self._guests.start()
         end = time.monotonic() + patience
@@ -168,6 +170,8 @@ class Crew:
 
     def close(self) -> None:
         """End what still runs, everywhere."""
+        for remote in self._remotes:  # before all that takes time: after `SILENCE` they would look for a lost leader
+            remote.say_goodbye()
         for helper in (self._courier, self._guests):
             if helper is not None:
                 helper.stop()

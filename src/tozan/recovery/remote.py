@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tozan.comm.place import listen
 from tozan.errors import EXIT_LOST
 from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
@@ -127,9 +128,12 @@ class Remote:
         """See `Node.revive`."""
         self._say(revive=True)
 
-    def close(self) -> None:
-        """Let it go."""
+    def say_goodbye(self) -> None:
+        """Let its follower end."""
         self._say(bye=True)
+
+    def close(self) -> None:
+        """See `Node.close`; its follower has been told."""
         with contextlib.suppress(OSError):  # closed with words of the other side unread, it might not hear the last one
             self.wire.socket.shutdown(socket.SHUT_WR)
             while self.wire.socket.recv(1 << 16):
@@ -173,9 +177,9 @@ class Follower:
 
     def __init__(self, leader: tuple[str, int], output: Path | None = None) -> None:
         self._leader, self.node = leader, Node(output=output)
-        self._courier, self._guests = Courier(self.node), Guests(self.node)
+        self._courier = Courier(self.node)
+        self._guests: Guests | None = None
         self._courier.start()
-        self._guests.start()
         self._starts, self._over = 0, False
 
     def run(self, patience: float) -> int:
@@ -206,10 +210,14 @@ class Follower:
     def close(self) -> None:
         """End what still runs here."""
         self._courier.stop()
-        self._guests.stop()
+        if self._guests is not None:
+            self._guests.stop()
         self.node.close()
 
     def _follow(self, wire: Wire) -> None:
+        if self._guests is None:  # at the address that the leader sees
+            self._guests = Guests(self.node, listen(wire.socket.getsockname()[0], one_machine=True))
+            self._guests.start()
         wire.say(hello=socket.gethostname(), guests=self._guests.port, token=token())
         spoke = 0.0
         while not self._over:
@@ -246,6 +254,6 @@ class Follower:
         while any(rank >= 0 for rank in self.node.processes):
             for rank in list(self.node.processes):
                 self.node.signal(rank, signal.SIGKILL)
-            with contextlib.suppress(OSError):
-                self.node.events()
+            if any(event.kind == "server" for event in self.node.events()):
+                self.node.revive()  # its ranks have ended with it, and nobody is left to say so
             time.sleep(0.01)

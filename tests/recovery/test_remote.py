@@ -1,0 +1,95 @@
+"""Followers: what they make of a leader's silence and of its goodbye."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from tozan.errors import EXIT_LOST
+from tozan.recovery import remote
+from tozan.recovery.courier import token
+from tozan.recovery.crew import Crew
+
+SILENCE = 0.5
+
+
+class Idle:
+    """A node without ranks, which takes its time to end."""
+
+    def __init__(self, output=None):
+        self.memories, self.processes, self.ending = {}, {}, 3 * SILENCE
+        self._reading, self._writing = os.pipe()
+
+    def fileno(self):
+        return self._reading
+
+    def events(self):
+        return []
+
+    def begun(self):
+        return {}
+
+    def close(self):
+        time.sleep(self.ending)
+        os.close(self._reading)
+        os.close(self._writing)
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """(a leader's crew, its follower, a thread that follows, a list for what that returns)."""
+    monkeypatch.setattr(remote, "SILENCE", SILENCE)
+    monkeypatch.setattr(remote, "Node", Idle)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        leader = free.getsockname()
+    crew, follower, returned = Crew(Idle(), 1), remote.Follower(leader), []
+    thread = threading.Thread(target=lambda: returned.append(follower.run(patience=3.0)))
+    thread.start()
+    crew.listen(*leader, nodes=2, patience=10.0)
+    assert crew.ranks == 2
+    yield crew, follower, thread, returned
+    follower.close()
+
+
+def test_a_follower_hears_goodbye_though_the_leaders_node_ends_slowly(followed):
+    crew, _, thread, returned = followed
+    crew.close()
+    thread.join(10)
+    assert returned == [0]
+
+
+def test_a_follower_hears_goodbye_beside_nodes_that_are_gone(followed):
+    crew, _, thread, returned = followed
+    crew._node.ending = 0
+    gone = [socket.create_connection(crew._door.getsockname()) for _ in range(3)]
+    for connection in gone:
+        connection.sendall(json.dumps({"hello": "gone", "guests": 1, "token": token()}).encode() + b"\n")
+    while len(crew._remotes) < 4:
+        crew.poll(0.01)
+    crew._remotes.reverse()  # the leader waits for each of them
+    crew.close()
+    thread.join(10)
+    assert returned == [0]
+    for connection in gone:
+        connection.close()
+
+
+def test_a_follower_gives_up_a_leader_that_is_silent(followed, capfd):
+    crew, _, thread, returned = followed
+    crew._door.close()  # and nobody speaks: the leader's machine is gone
+    thread.join(20)
+    assert returned == [EXIT_LOST]
+    assert "the leading agent is gone" in capfd.readouterr().err
+    crew.close()
+
+
+def test_agents_listen_on_one_address_alone(followed):
+    crew, follower, _, _ = followed
+    for listening in (crew._door, crew._guests._socket, follower._guests._socket):
+        assert listening.getsockname()[0] == "127.0.0.1"
+    crew.close()
