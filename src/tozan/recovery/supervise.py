@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tozan.config import load
+from tozan.errors import Problem, UserError
 from tozan.recovery.agent import Agent, Policy
 from tozan.recovery.elastic import fitting
 from tozan.recovery.remote import Follower
@@ -28,6 +29,9 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
 
     Returns:
         The exit status.
+
+    Raises:
+        UserError: a mistake in the config, or the leader cannot listen on that address.
     """
     found = load(config, flags).config
     asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -51,10 +55,19 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
         signal.signal(warning, agent.ask_to_stop)
     try:
         if nodes > 1:
-            agent.crew.listen(*leader, nodes, found.recovery.wait)
+            _listen(agent, leader, nodes, found.recovery.wait)
         return agent.run()
     finally:
         agent.close()
+
+
+def _listen(agent: Agent, leader: tuple[str, int], nodes: int, patience: float) -> None:
+    try:
+        agent.crew.listen(*leader, nodes, patience)
+    except OSError as error:
+        problem = f"the leading agent cannot listen on {leader[0]}:{leader[1]}: {error.strerror}"
+        fix = "give an address or name of the first node, and a port that is free there"
+        raise UserError(Problem("MASTER_ADDR, MASTER_PORT", problem, fix)) from error
 
 
 def policy(config: Any) -> Policy:
