@@ -33,6 +33,22 @@ def test_a_signed_store_is_a_store(store):
     assert not two.check(["nothing"])
     assert one.add("count", 2) + two.add("count", 3) == 7
     two.wait(["text"], timedelta(seconds=1))
+    assert two.num_keys() >= 3
+    assert one.delete_key("bytes")
+    assert not two.check(["bytes"])
+
+
+def test_a_part_of_a_signed_store_is_a_store(store):
+    signed = Signed(client(store.port), b"secret", "group")
+    part, stranger = PrefixStore("p", signed), client(store.port)
+    part.set("text", "true")
+    assert part.multi_get(["text"]) == [part.get("text")] == [b"true"]
+    assert stranger.get("p/text") != b"true"  # but signed
+    assert part.add("count", 2) == 2
+    part.wait(["text", "count"], timedelta(seconds=1))
+    assert part.num_keys() == signed.num_keys()
+    assert part.delete_key("text")
+    assert not part.check(["text"])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def agents(path: Path, everyone, flags):
 
 def start(host, words, number, everyone):
     variables = {"RANK": number, "WORLD_SIZE": len(everyone), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    variables["TOZAN_SECRET"] = "of this job"  # as `tozan launch` gives it: the store is signed
     return host.start(words, MASTER_ADDR=everyone[0].name, MASTER_PORT=PORT, **variables)
 
 

@@ -121,6 +121,9 @@ class Signed(Store):
         """How many keys there are."""
         return self._inner.num_keys()
 
+    deleteKey, getNumKeys = delete_key, num_keys  # noqa: N815
+    """The names that PyTorch's own stores call, a PrefixStore around this one for instance."""
+
     def set_timeout(self, timeout: timedelta) -> None:
         """How long `get` and `wait` wait."""
         self._inner.set_timeout(timeout)
