@@ -49,6 +49,21 @@ def test_losses_are_laid_to_the_fault_that_caused_them():
     assert "FAILED" in report.table()
 
 
+def test_a_fault_without_a_loss_does_not_take_the_next_one_on_itself():
+    plan = [fault(0, "truncated checkpoint", 3), fault(1, "kill", 5), fault(2, "flipped weight bit", 9)]
+    fired = {0: (1_000, 3), 1: (2_000, 5), 2: (3_000, 9)}
+    events = [
+        {"event": "lost", "generation": 1, "at": 2_500},
+        {"event": "resumed", "generation": 2, "at": 2_600, "lost": 1, "seconds": 0.2},
+        {"event": "lost", "generation": 2, "at": 3_500},  # the flipped bit ended its process
+        {"event": "resumed", "generation": 3, "at": 3_600, "lost": 1, "seconds": 0.2},
+    ]
+    report = Report.make(plan, fired, events, 1000, (1.0, 2.0))
+    assert [(o.detected, o.lost) for o in report.outcomes] == [(None, 0), (5e-7, 1), (5e-7, 1)]
+    assert report.lost == 2
+    assert report.passed
+
+
 @pytest.mark.timeout(1500)
 def test_forty_faults_of_all_kinds_change_no_bit(tmp_path):
     report = chaos(tmp_path / "chaos", 40, 1, None, [], print)

@@ -131,8 +131,8 @@ class Injector:
 
 
 def flip(tensor: torch.Tensor, at: int, bit: int) -> None:
-    """Flip a bit of one element of an fp32 tensor."""
-    tensor.detach().view(-1).view(torch.int32)[at] ^= 1 << bit
+    """Flip a bit of one element of an fp32 tensor, unseen by autograd, which counts the writes that it knows of."""
+    tensor.detach().view(-1).numpy().view("int32")[at] ^= 1 << bit
 
 
 def flip_memory(run: Any, fault: Fault) -> None:

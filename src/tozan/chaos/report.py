@@ -63,8 +63,8 @@ class Report:
     ) -> Report:
         """Join the faults with what the agent told.
 
-        A loss belongs to the first fault before it that can cause one and to which no loss belongs yet; a second loss
-        (a restart that was disturbed, say) to the last fault before it.
+        A loss belongs to the newest fault since the loss before it that is to cause one; without such a fault (a
+        restart that was disturbed, a flipped bit that ended a process) to the newest one of any kind.
 
         Args:
             plan: the script.
@@ -77,14 +77,14 @@ class Report:
             f.number: Outcome(f.number, f.kind, fired[f.number][1] if fired[f.number][0] else None) for f in plan
         }
         order = sorted((when, number) for number, (when, _) in fired.items() if when)
-        lost = 0
+        lost = since = 0
         culprit: Outcome | None = None
         for event in events:
             if event["event"] == "lost":
-                before = [outcomes[number] for when, number in order if when <= event["at"]]
-                causes = [o for o in before if o.kind not in HARMLESS]
-                open_ones = [o for o in causes if o.detected is None]
-                culprit = next(iter(open_ones), None) or next(reversed(causes or before), None)
+                before = [(when, outcomes[number]) for when, number in order if when <= event["at"]]
+                new = [o for when, o in before if when > since and o.kind not in HARMLESS]
+                culprit = next(reversed(new or [o for _, o in before]), None)
+                since = event["at"]
                 if culprit and culprit.detected is None:
                     culprit.detected = (event["at"] - fired[culprit.number][0]) / 1e9
             elif event["event"] == "resumed":
@@ -93,7 +93,7 @@ class Report:
                     culprit.lost += event["lost"]
                     culprit.recovery = event["seconds"]
         for outcome in outcomes.values():
-            if outcome.kind in REDONE and outcome.step is not None:
+            if outcome.kind in REDONE and outcome.step is not None and outcome.recovery is None:
                 outcome.lost += 1  # taken twice, without a restart
                 lost += 1
         generations = max((event["generation"] for event in events), default=1)
