@@ -101,10 +101,11 @@ def write(folder: Path, data: Path, steps: int = STEPS, precision: str = "fp32")
 
 
 def flags_of(name: str, model: list[str]) -> list[str]:
-    """Equal micro-batching for data layouts (2 samples each); rows for the grids of 2D and 2.5D."""
+    """Equal micro-batching (2 samples each) where bits are compared; else larger ones, for fewer messages."""
     flags = [f"--layout.{setting}" for setting in LAYOUTS.get(name, "").split()]
     flags += ['--train.recompute_stages=["full", "none"]'] if "uneven" in name else []
-    return [*model, *flags, f"--train.micro_batch={4 if '2d' in name or '2.5d' in name else 2}"]
+    samples = 8 if "2d" in name or "2.5d" in name else 4 if name in WITHIN and "pp" not in name else 2
+    return [*model, *flags, f"--train.micro_batch={samples}"]
 
 
 def processes(flags: list[str]) -> int:
@@ -114,10 +115,10 @@ def processes(flags: list[str]) -> int:
 
 def run_rank(paths: list[Path], flags: list[str]) -> None:
     """Run configs one after the other; nobody looks at their MFU, so the machine's peak is not measured."""
+    mesh = Mesh.create(mesh_layout(load(paths[0], flags).config), timeout_s=60)
     with patch("tozan.train.machine.measure_gemm_rate", lambda *_: 1.0):
         for path in paths:
-            loaded = load(path, flags)
-            fit(assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60)))
+            fit(assemble(load(path, flags), mesh))
 
 
 def run(paths: list[Path], flags: list[str]) -> None:
@@ -226,10 +227,10 @@ def test_a_checkpoint_of_any_layout_loads_into_any_other(name, saved, tmp_path):
 def load_all(configs: list[Path], flags: list[str]) -> list[tuple[dict, dict, int]]:
     """The boxes that this rank would save, meta and step, after loading each run's checkpoint."""
     results = []
+    mesh = Mesh.create(mesh_layout(load(configs[0], flags).config), timeout_s=60)
     with patch("tozan.train.machine.measure_gemm_rate", lambda *_: 1.0):
         for path in configs:
-            loaded = load(path, flags)
-            state = assemble(loaded, Mesh.create(mesh_layout(loaded.config), timeout_s=60)).state()
+            state = assemble(load(path, flags), mesh).state()
             held = {
                 name: (pieces.shape, [(box.offset, box.tensor.detach().contiguous().numpy()) for box in pieces.boxes])
                 for name, pieces in state.held().items()
