@@ -207,7 +207,7 @@ class Recovery(Table):
     """Restarts in a row without a new step, after which the agent gives up."""
     stopped: Annotated[float, Field(gt=0.0, le=86_400.0)] = 10.0
     """Seconds that a process may stand stopped (SIGSTOP) before it counts as lost."""
-    warning: Literal["SIGUSR1", "SIGUSR2", ""] = "SIGUSR1"
+    warning: Literal["SIGUSR1", "SIGUSR2", "none"] = "SIGUSR1"
     """Signal by which the scheduler warns of the end, beside SIGTERM: the run saves and leaves with exit status 75."""
 
 

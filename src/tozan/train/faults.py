@@ -19,11 +19,11 @@ class StopSignal:
 
     Args:
         mesh: ranks that must stop together; None for one process.
-        warning: name of the signal by which the scheduler warns; empty: none.
+        warning: name of the signal by which the scheduler warns, or `none`.
     """
 
-    def __init__(self, mesh: Mesh | None = None, warning: str = "") -> None:
-        self.signals = (signal.SIGINT, signal.SIGTERM, *([signal.Signals[warning]] if warning else []))
+    def __init__(self, mesh: Mesh | None = None, warning: str = "none") -> None:
+        self.signals = (signal.SIGINT, signal.SIGTERM, *([signal.Signals[warning]] if warning != "none" else []))
         self.received: signal.Signals | None = None
         self._mesh = mesh
         self._previous: dict[signal.Signals, object] = {}
