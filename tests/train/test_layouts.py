@@ -104,7 +104,9 @@ def flags_of(name: str, model: list[str]) -> list[str]:
     """Equal micro-batching (2 samples each) where bits are compared; else larger ones, for fewer messages."""
     flags = [f"--layout.{setting}" for setting in LAYOUTS.get(name, "").split()]
     flags += ['--train.recompute_stages=["full", "none"]'] if "uneven" in name else []
-    samples = 8 if "2d" in name or "2.5d" in name else 4 if name in WITHIN and "pp" not in name else 2
+    samples = 4 if name in WITHIN and "pp" not in name else 2
+    if "2d" in name or "2.5d" in name:
+        samples = 8 if "dp2" in name else 16
     return [*model, *flags, f"--train.micro_batch={samples}"]
 
 
