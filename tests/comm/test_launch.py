@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import socket
@@ -100,7 +101,8 @@ def test_mpirun_starts_ranks_that_find_each_other_and_their_cores():
         [*command, sys.executable, WORKER, "2", "once"], env=e, capture_output=True, text=True, timeout=90
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(line.split(",")[0] for line in done.stdout.splitlines()) == ["rank 0: sum 1", "rank 1: sum 1"]
+    # mpirun may forward two ranks' lines in pieces.
+    assert sorted(re.findall(r"rank \d: sum \d", done.stdout)) == ["rank 0: sum 1", "rank 1: sum 1"]
     assert done.stderr.count("bound by tozan") == 2
     wrong = subprocess.run(
         [*command, sys.executable, WORKER, "4", "once"], env=e, capture_output=True, text=True, timeout=90

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,13 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
         UserError: a mistake in the config, or the leader cannot listen on that address.
     """
     found = load(config, flags).config
-    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     if number:
-        for warning in asking:  # schedulers warn all agents of a job; the leading one acts on it
-            signal.signal(warning, signal.SIG_IGN)
         follower = Follower(leader)
-        try:
-            return follower.run(found.recovery.wait)
-        finally:
-            follower.close()
+        with handled_by(signal.SIG_IGN):  # schedulers warn all agents of a job; the leading one acts on it
+            try:
+                return follower.run(found.recovery.wait)
+            finally:
+                follower.close()
     log = Path(found.run.folder) / "recovery.jsonl"
     agent = Agent(
         ["train", str(config.resolve()), *flags],
@@ -51,14 +50,25 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
         policy(found),
         partial(note, log),
     )
-    for warning in asking:
-        signal.signal(warning, agent.ask_to_stop)
+    with handled_by(agent.ask_to_stop):
+        try:
+            if nodes > 1:
+                _listen(agent, leader, nodes, found.recovery.wait)
+            return agent.run()
+        finally:
+            agent.close()
+
+
+@contextmanager
+def handled_by(handler: Any) -> Iterator[None]:
+    """Inside the block, signals that ask a job to stop go to `handler`."""
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, handler) for number in asking}
     try:
-        if nodes > 1:
-            _listen(agent, leader, nodes, found.recovery.wait)
-        return agent.run()
+        yield
     finally:
-        agent.close()
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _listen(agent: Agent, leader: tuple[str, int], nodes: int, patience: float) -> None:
