@@ -55,13 +55,14 @@ class Mesh:
         layout: the sizes.
         rank: this process's global rank.
         ledger: shared by all axes.
+        monitor: the heartbeat, if there is one.
     """
 
     def __init__(self, layout: Layout, rank: int, timeout_s: float, debug: bool, monitor: Monitor | None) -> None:
         self.layout, self.rank = layout, rank
         self.ledger = monitor.ledger if monitor else Ledger()
         self._timeout = timedelta(seconds=timeout_s)
-        self._debug, self._monitor = debug, monitor
+        self._debug, self.monitor = debug, monitor
         self._axes: dict[tuple[str, ...], Axis] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -166,4 +167,4 @@ class Mesh:
                 if ranks not in self._groups:
                     self._groups[ranks] = dist.new_group(list(ranks), timeout=self._timeout)
         group = self._groups.get(mine)
-        return Axis(label, len(mine), mine.index(self.rank), mine, group, self.ledger, self._debug, self._monitor)
+        return Axis(label, len(mine), mine.index(self.rank), mine, group, self.ledger, self._debug, self.monitor)

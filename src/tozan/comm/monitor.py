@@ -3,9 +3,10 @@
 Each rank has one thread that writes a beat (a counter and what the rank is doing) into the store every `interval`
 seconds. Rank 0's thread reads them all. A counter that stands still for `lost_after` seconds is a lost rank; an
 operation that waits for longer than `hang_after` seconds is a hang, and the ranks of its axis that have started fewer
-operations there are late. Rank 0 prints the verdict and leaves it in the store, where the others find it: everyone ends
-with `EXIT_LOST` and without a traceback. If rank 0 itself, or the store that it holds, is gone or no longer answers
-(a cut cable leaves a connection that stays silent for ever), rank 1 and the first rank of every host say so.
+operations there are late. A rank may also say of itself that it stands still (`train.deadline`). Rank 0 prints the
+verdict and leaves it in the store, where the others find it: everyone ends with `EXIT_LOST` and without a traceback. If
+rank 0 itself, or the store that it holds, is gone or no longer answers (a cut cable leaves a connection that stays
+silent for ever), rank 1 and the first rank of every host say so.
 
 A beat costs one small message, so 4,096 ranks at two seconds are 2,000 messages a second for the store.
 """
@@ -33,10 +34,11 @@ class Store(Protocol):
     def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
 
 
-def _end() -> None:
+def end() -> None:
+    """End this process with `EXIT_LOST`, whatever its main thread does."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # The main thread stands in a collective that cannot be interrupted: only the whole process can end.
+    # The main thread stands in something that cannot be interrupted: only the whole process can end.
     os._exit(EXIT_LOST)
 
 
@@ -54,6 +56,10 @@ class Monitor:
         speaks: whether this rank prints that rank 0 is lost; by default rank 1 does.
         explain: after a failed operation wait for the verdict on who was lost; else leave that to others.
         end: what ends the process; replaced in tests.
+
+    Attributes:
+        whereabouts: says where this rank stands, outside of collectives.
+        stuck: that this rank stands still, and where; everyone then ends.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class Monitor:
         hang_after: float = 120.0,
         speaks: bool | None = None,
         explain: bool = True,
-        end: Callable[[], None] = _end,
+        end: Callable[[], None] = end,
     ) -> None:
         self.ledger, self.rank, self.world_size = ledger, rank, world_size
         self._store, self._end, self._explain = store, end, explain
@@ -76,6 +82,8 @@ class Monitor:
         self._stopped, self._count = threading.Event(), 0
         self._seen: dict[int, tuple[int, float]] = {}
         self._failed_operation: str | None = None
+        self.whereabouts: Callable[[], str] | None = None
+        self.stuck: str | None = None
         self._speaks = rank == 1 if speaks is None else speaks
         self._asked: float | None = None
         """When the store was asked something that it has not answered yet."""
@@ -157,6 +165,10 @@ class Monitor:
         self._count += 1
         entry = self.ledger.oldest_open()
         beat: dict[str, Any] = {"n": self._count, "doing": self._doing(), "started": self.ledger.started()}
+        if self.whereabouts is not None:
+            beat["at"] = self.whereabouts()
+        if self.stuck is not None:
+            beat["stuck"] = self.stuck
         if entry is not None:
             beat |= {"axis": entry.axis, "ranks": entry.ranks, "sequence": entry.sequence}
             beat["seconds"] = time.perf_counter() - entry.start
@@ -186,6 +198,8 @@ class Monitor:
             enough = max(self._lost_after - 2 * self._interval, 1.5 * self._interval)
             lost = [rank for rank, seconds in silent.items() if seconds > enough]
             return _lost_message(lost, beats, self._lost_after)
+        if stuck := [rank for rank, beat in enumerate(beats) if "stuck" in beat]:
+            return _stuck_message(stuck, beats)
         left = {rank for rank, beat in enumerate(beats) if beat["n"] < 0}
         hung = []
         for rank, beat in enumerate(beats):
@@ -215,6 +229,11 @@ def _lost_message(lost: list[int], beats: list[dict[str, Any]], seconds: float) 
     )
 
 
+def _stuck_message(stuck: list[int], beats: list[dict[str, Any]]) -> str:
+    others = f" So do{'es' if len(stuck) == 2 else ''} {_names(stuck[1:])}." if len(stuck) > 1 else ""
+    return f"rank {stuck[0]} stands still: {beats[stuck[0]]['stuck']}.{others}"
+
+
 def _hang_message(hung: list[int], beats: list[dict[str, Any]]) -> str:
     """Of all operations that wait too long, the one whose axis has late ranks is the cause."""
     for rank in hung:
@@ -226,7 +245,7 @@ def _hang_message(hung: list[int], beats: list[dict[str, Any]]) -> str:
             if beats[other]["n"] < 0 or beats[other].get("started", {}).get(axis, 0) <= sequence
         ]
         if late:
-            doing = beats[late[0]]["doing"]
+            doing = ", ".join(filter(None, (beats[late[0]]["doing"], beats[late[0]].get("at"))))
             return (
                 f"hang: {_names(late)} did not come. Everyone waited for {beat['seconds']:.0f} s in {beat['doing']}; "
                 f"rank {late[0]}: {doing}."

@@ -97,7 +97,7 @@ def _row(spec: Field) -> str:
     allowed = "the name of a preset" if spec.key == "model.preset" else spec.allowed()
     if spec.choices and spec.key != "model.preset":
         allowed = " or ".join(f"`{shown(choice)}`" for choice in spec.choices)
-    text, _, computed = spec.text.partition(" Default: ")
+    text, _, computed = " ".join(spec.text.split()).partition(" Default: ")
     if spec.required:
         default = "required"
     elif spec.default is not None:

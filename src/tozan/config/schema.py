@@ -195,7 +195,7 @@ class Checkpoint(Table):
 
 
 class Recovery(Table):
-    """What a run survives. All but `warning` take effect under `tozan agent` only."""
+    """What a run survives. All but `warning` and `deadline` take effect under `tozan agent` only."""
 
     copies: bool = True
     """Keep a copy of every process's state in memory, made after each step: a lost process costs one step at most."""
@@ -209,6 +209,9 @@ class Recovery(Table):
     """Seconds that a process may stand stopped (SIGSTOP) before it counts as lost."""
     warning: Literal["SIGUSR1", "SIGUSR2", "none"] = "SIGUSR1"
     """Signal by which the scheduler warns of the end, beside SIGTERM: the run saves and leaves with exit status 75."""
+    deadline: Annotated[float, Field(ge=0.0, le=86_400.0, examples=[600.0])] | None = None
+    """Seconds a step may stand still before the run ends with exit status 14 (ten times as long for the first step,
+    evaluations and saves); 0: no end. Default: layout.timeout, or ten times what steps have stood still so far."""
 
 
 class Checks(Table):

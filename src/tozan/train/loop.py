@@ -15,6 +15,7 @@ from tozan.models.arithmetic import model_flops
 from tozan.train.breakdown import Breakdown
 from tozan.train.checks import REGULAR, SilentError
 from tozan.train.crew import Crew
+from tozan.train.deadline import Deadline
 from tozan.train.evaluate import held_out
 from tozan.train.faults import BadSteps, Interrupted, StopSignal
 from tozan.train.metrics import Clock, Metrics
@@ -62,6 +63,7 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
             open_saver(run) as saver,
             StopSignal(run.split.mesh, run.config.recovery.warning) as stop,
             open_profiler(run) as profiler,
+            open_deadline(run) as deadline,
         ):
             for event, text in run.notes:
                 metrics.write("event", run.step, event=event, text=text)
@@ -72,6 +74,7 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                 stop.received = signal.SIGTERM
             bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize, run.split.mesh.ledger)
             while run.step < config.train.steps and not stop.agreed():
+                deadline.begin(run.step + 1, clock)
                 profiler.begin(run.step + 1)
                 run.copies.begin(run.step + 1)
                 breakdown.begin(run.step + 1, clock)
@@ -87,18 +90,22 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                     bad.record(run.step, None if result.overflow else result.skipped)
                     last = run.step == config.train.steps
                     if due(run.step, config.eval.every) or last:
-                        score = evaluate(run, metrics)
+                        with deadline.during("evaluation"):
+                            score = evaluate(run, metrics)
                         clock.mark("evaluation")
                     if due(run.step, config.checkpoint.every) or last:
-                        save(run, saver, metrics)
+                        with deadline.during("checkpoint"):
+                            save(run, saver, metrics)
                         clock.mark("checkpoint")
                     if not last:  # the last step counts as done when its checkpoint is on the disk
                         run.copies.keep(run)
                         clock.mark("copy")
                 except SilentError as error:
-                    roll_back(run, saver, metrics, error)
+                    with deadline.during("going back"):
+                        roll_back(run, saver, metrics, error)
             if stop.received and run.step < config.train.steps:
-                leave(run, saver, metrics, stop.received)
+                with deadline.during("checkpoint"):
+                    leave(run, saver, metrics, stop.received)
     finally:
         metrics.close()
         breakdown.close()
@@ -158,6 +165,12 @@ def open_saver(run: Run) -> Saver:
 def open_profiler(run: Run) -> Profiler:
     """Rank 0's tracer, if a trace is asked for."""
     return Profiler(run.config.metrics.profile if run.writes else (), run.folder / "trace.json")
+
+
+def open_deadline(run: Run) -> Deadline:
+    """What ends this process if it stands still."""
+    mesh, table = run.split.mesh, run.config
+    return Deadline(mesh.rank, mesh.ledger, mesh.monitor, table.recovery.deadline, table.layout.timeout)
 
 
 def save(run: Run, saver: Saver, metrics: Metrics) -> None:

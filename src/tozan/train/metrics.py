@@ -33,6 +33,7 @@ class Clock:
 
     Attributes:
         trace: where to note (phase, start, end) of every mark, in seconds of `time.perf_counter`; None: nowhere.
+        marks: where to note the phase of every mark; None: nowhere.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None, ledger: Ledger | None = None) -> None:
@@ -42,12 +43,15 @@ class Clock:
         self._start = self._last = time.perf_counter()
         self._phases: dict[str, float] = {}
         self.trace: list[tuple[str, float, float]] | None = None
+        self.marks: list[str] | None = None
 
     def mark(self, phase: str) -> None:
         """Charge the time since the last mark to `phase`, less its waits; on a GPU, wait for it first."""
         self._synchronize()
         now = time.perf_counter()
         span = now - self._last
+        if self.marks is not None:
+            self.marks.append(phase)
         if self.trace is not None:
             self.trace.append((phase, self._last, now))
         for axis, total in self._axes.items():

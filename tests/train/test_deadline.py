@@ -1,0 +1,144 @@
+"""A process that hangs outside of collectives ends itself and says where; one that is only slow does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tozan.comm.ledger import Ledger
+from tozan.errors import EXIT_LOST
+from tozan.train.deadline import FACTOR, Deadline
+from tozan.train.metrics import Clock
+
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+class Watch:
+    """A deadline whose thread looks only when it is told to: once for each of its seconds."""
+
+    def __init__(self, seconds: float | None, least: float = 100.0) -> None:
+        self.ledger, self.clock, self.ended, self.step = Ledger(), Clock(), False, 0
+        self.deadline = Deadline(0, self.ledger, None, seconds, least, end=lambda: None)
+        self.deadline._thread.start = lambda: None
+        self.deadline.__enter__()
+        self.deadline._interval = 1.0
+
+    def pass_by(self, seconds: int) -> int:
+        """How many of these seconds go by before the process would end."""
+        return next((second for second in range(seconds) if self.deadline._look()), seconds)
+
+    def begin(self) -> None:
+        self.step += 1
+        self.deadline.begin(self.step, self.clock)
+
+    def take_step(self, seconds: int = 0) -> None:
+        self.begin()
+        for phase in PHASES:
+            assert self.pass_by(seconds) == seconds
+            self.clock.mark(phase)
+
+
+def test_a_step_may_stand_still_for_the_timeout_or_ten_times_what_steps_did_before():
+    watch = Watch(None)
+    for _ in range(3):
+        watch.take_step()
+    watch.begin()
+    assert watch.pass_by(10_000) in (101, 102)
+    watch = Watch(None)
+    watch.take_step()
+    watch.take_step(60)
+    watch.begin()
+    assert watch.pass_by(10_000) in range(FACTOR * 58, FACTOR * 60 + 2)
+
+
+def test_phases_that_are_long_by_right_do_not_end_a_run():
+    watch = Watch(5.0)
+    watch.begin()
+    assert watch.pass_by(10_000) in (51, 52)  # the first step, which may compile
+    for _ in range(2):
+        watch.take_step()
+    watch.begin()
+    for kind in ("evaluation", "checkpoint"):
+        with watch.deadline.during(kind):
+            assert watch.pass_by(5_000) == 5_000  # nobody knows yet how long it takes
+        with watch.deadline.during(kind):
+            assert watch.pass_by(49) == 49
+    assert watch.pass_by(100) in (6, 7)  # and the step goes on as before
+    entry = watch.ledger.begin("all_reduce", "gradients", "dp", (0, 1), 8, 0.0)
+    assert watch.pass_by(1_000) == 1_000  # who waits for others is the heartbeat's business
+    watch.ledger.end(entry)
+    assert watch.pass_by(100) in (6, 7)
+    assert Watch(0.0).deadline._thread.is_alive() is False
+
+
+def test_says_step_and_phase_as_the_step_before_had_them():
+    watch = Watch(5.0)
+    watch.take_step()
+    assert watch.deadline.whereabouts().startswith("step 1, after optimizer, at ")
+    watch.begin()
+    said = []
+    for phase in PHASES:
+        said.append(watch.deadline.whereabouts().split(", at ")[0])
+        watch.clock.mark(phase)
+    assert said == [f"step 2, {phase}" for phase in PHASES]
+    with watch.deadline.during("checkpoint"):
+        assert watch.deadline.whereabouts().startswith("checkpoint after step 2, at train/deadline.py:")
+
+
+HANGS = """
+import os
+from pathlib import Path
+from tozan.data.dataset import Dataset
+samples, count, marker = Dataset.samples, 0, Path(os.environ["MARKER"])
+def stuck(*arguments):
+    global count
+    count += 1
+    if count > 6 and os.environ.get("RANK", "1") == "1" and not marker.exists():
+        marker.touch()
+        while True:
+            pass
+    return samples(*arguments)
+Dataset.samples = stuck
+"""
+
+
+def run(tmp_path: Path, verb: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A run whose reader of data loops without end in step 4, once."""
+    (tmp_path / "sitecustomize.py").write_text(HANGS)
+    words = [sys.executable, "-m", "tozan", verb, str(tmp_path / "run.toml"), "--recovery.deadline=1", *flags]
+    variables = {"PYTHONPATH": str(tmp_path), "MARKER": str(tmp_path / "hung"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+
+
+def check_message(errors: str, rank: int) -> None:
+    said = [line for line in errors.splitlines() if "stands still" in line]
+    assert len(said) == 1, errors
+    pattern = (
+        rf"tozan: rank {rank} stands still: step 4, data, at train/step.py:\d+ in own_micro_batches → "
+        r".*/sitecustomize.py:1\d in stuck, for [12] s \(since \d\d:\d\d:\d\d UTC\)\."
+    )
+    assert re.fullmatch(pattern, said[0]), said[0]
+    assert "Traceback" not in errors
+
+
+def test_an_endless_loop_in_the_reader_ends_a_run_of_one_process(configure, tmp_path):
+    configure()
+    done = run(tmp_path, "train")
+    assert done.returncode == EXIT_LOST, done.stderr
+    check_message(done.stderr, 0)
+
+
+def test_an_agent_starts_a_run_again_whose_second_rank_hung(configure, tmp_path):
+    configure()
+    done = run(tmp_path, "agent", "--layout.data=2", "--train.accumulate=2", "--train.micro_batch=1")
+    assert done.returncode == 0, done.stderr
+    check_message(done.stderr, 1)
+    events = [json.loads(line) for line in (tmp_path / "run" / "recovery.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["lost", "resumed"]
+    assert f"ended with exit status {EXIT_LOST}" in events[0]["what"]
+    assert events[1]["source"] == "memory"
+    assert events[1]["lost"] == 1
