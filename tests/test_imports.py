@@ -29,7 +29,7 @@ ALLOWED = {
     "optim": {"comm", "layout"},
     "data": {"files"},
     "checkpoint": {"models", "files", "layout"},
-    "recovery": {"files", "config", "comm.place"},
+    "recovery": {"files", "config", "comm.place", "planner"},
     "planner": {"models.arithmetic", "models", "schedules", "layout", "config", "files", "wire"},
     "report": {"models.arithmetic", "planner", "config", "files", "bench.result", "schedules", "layout"},
     "train": {

@@ -207,6 +207,9 @@ class Recovery(Table):
     """Restarts in a row without a new step, after which the agent gives up."""
     stopped: Annotated[float, Field(gt=0.0, le=86_400.0)] = 10.0
     """Seconds that a process may stand stopped (SIGSTOP) before it counts as lost."""
+    machine: Annotated[Text, Field(examples=["machine.toml"])] | None = None
+    """Machine, or file of `tozan bench calibrate`, for which the planner chooses a layout when ranks are lost; without
+    one, the nearest is taken. Default: the run's own machine.toml."""
     warning: Literal["SIGUSR1", "SIGUSR2", "none"] = "SIGUSR1"
     """Signal by which the scheduler warns of the end, beside SIGTERM: the run saves and leaves with exit status 75."""
     deadline: Annotated[float, Field(ge=0.0, le=86_400.0, examples=[600.0])] | None = None

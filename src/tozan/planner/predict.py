@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,6 @@ class Prediction:
         high: upper end.
         phases: seconds by what they are spent on; they add up to `seconds`.
         memory: bytes on the fullest rank, by category.
-        bytes: what all ranks together send in the step, by mesh axis and operation, as the ledger counts.
         trip: what decides the bytes; `traffic` reads it.
     """
 
@@ -47,8 +47,12 @@ class Prediction:
     high: float
     phases: dict[str, float]
     memory: dict[str, float]
-    bytes: dict[str, dict[str, int]]
     trip: Trip = field(repr=False)
+
+    @cached_property
+    def bytes(self) -> dict[str, dict[str, int]]:
+        """What all ranks together send in the step, by mesh axis and operation, as the ledger counts."""
+        return total_bytes(self.trip)
 
     def traffic(self, rank: int) -> Counter[Key]:
         """Bytes that a rank sends in the step, by (axis, operation, name): equal to its ledger's.
@@ -89,7 +93,6 @@ def predict(config: Config, machine: Path | str | Machine) -> Prediction:
         high,
         {name: factor * value for name, value in phases.items()},
         held if measured else {name: factor * value for name, value in held.items()},
-        total_bytes(trip),
         trip,
     )
 

@@ -12,6 +12,7 @@ the run goes on in the nearest layout for the ranks that are left (see `elastic`
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import time
@@ -103,7 +104,7 @@ class Agent:
         inherit: tuple[int, ...] = (),
         output: Path | None = None,
     ) -> None:
-        self.words, self.policy, self._shape_for = list(words), policy, shape
+        self.words, self.policy, self._shape_for = list(words), policy, functools.cache(shape)
         self.node = Node(inherit, output)
         self.crew = Crew(self.node, ranks)
         self.reached = 0
@@ -149,7 +150,12 @@ class Agent:
         self._shape = new
         if old is None or new == old:
             return 0
-        self._tell("layout", number, ranks=new.ranks if new else 0, flags=list(new.flags) if new else [])
+        told = (
+            {"ranks": new.ranks, "flags": list(new.flags), "forecast": new.seconds}
+            if new
+            else {"ranks": 0, "flags": []}
+        )
+        self._tell("layout", number, **told)
         rescues = 0
         if new is not None and new.ranks < old.ranks and self.crew.newest(old.ranks) is not None:
             saved = self._generation(number, old, leave=True)

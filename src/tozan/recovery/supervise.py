@@ -43,10 +43,11 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
             finally:
                 follower.close()
     log = Path(found.run.folder) / "recovery.jsonl"
+    together = -(-found.layout.processes // nodes)
     agent = Agent(
         ["train", str(config.resolve()), *flags],
-        partial(fitting, config, flags),
-        -(-found.layout.processes // nodes),
+        partial(fitting, config, flags, together=together),
+        together,
         policy(found),
         partial(note, log),
     )
