@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tozan.cli import main
 from tozan.comm.jobs import Job as Started
 from tozan.comm.jobs import rank_map
 from tozan.config import load as load_config
@@ -70,7 +72,18 @@ def test_plan_reads_well_and_its_config_loads(tmp_path):
     config = load_config(path).config
     assert config.train.steps == math.ceil(1e9 / (found.global_batch * 1024))
     assert config.train.micro_batch == found.choices[0].layout["micro_batch"]
-    assert "#SBATCH" in found.launch()
+
+
+@pytest.mark.parametrize(("machine", "launcher"), [("xeon-amx", "slurm"), ("fugaku-2.0", "pjm")])
+def test_the_script_of_a_plan_starts_it(machine, launcher, tmp_path, monkeypatch, capsys):
+    found = plan("gpt2-124m", machine, 4, 1e9)
+    found.write(folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split((tmp_path / "launch.sh").read_text().splitlines()[-1])
+    assert words[:2] == ["exec", "tozan"]
+    assert main([*words[2:], "--launcher", launcher, "--dry-run"]) == 0
+    asked = {"slurm": "#SBATCH --nodes=4\n", "pjm": '#PJM -L "node=4"\n'}[launcher]
+    assert asked in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

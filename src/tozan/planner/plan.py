@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def plan(
     """
     found_machine = load(machine)
     shape = find_shape(model)
-    _check(found_machine, nodes, stack, deadline, budget, sweep)
+    _check(found_machine, nodes, tokens, stack, deadline, budget, sweep)
     peak = found_machine.device.peak
     precision = precision or ("bf16" if peak["bf16"] > peak["fp32"] else "fp32")
     tokens = tokens or 20.0 * parameters(shape)
@@ -242,7 +242,13 @@ def failures(machine: Machine, shape: Shape, devices: int) -> tuple[float, float
 
 
 def _check(
-    machine: Machine, nodes: int | None, stack: str, deadline: float | None, budget: float | None, sweep: str | None
+    machine: Machine,
+    nodes: int | None,
+    tokens: float | None,
+    stack: str,
+    deadline: float | None,
+    budget: float | None,
+    sweep: str | None,
 ) -> None:
     """Refuse what cannot be, all at once."""
     problems = []
@@ -252,9 +258,9 @@ def _check(
         problems.append(Problem("--stack", f"no stack is called {stack!r}", f"one of {', '.join(stacks.STACKS)}"))
     if sweep not in (None, "strong", "weak", "both"):
         problems.append(Problem("--sweep", f"{sweep!r} is no kind of scaling", "strong, weak or both"))
-    for name, value in (("--deadline", deadline), ("--budget", budget)):
-        if value is not None and value <= 0:
-            problems.append(Problem(name, f"{value} is not above 0"))
+    for name, value in (("--tokens", tokens), ("--deadline", deadline), ("--budget", budget)):
+        if value is not None and not 0 < value < inf:
+            problems.append(Problem(name, f"{value} is no number above 0"))
     if budget is not None and machine.economy.price is None:
         problems.append(Problem("--budget", f"{machine.name} has no price", "set economy.price in the machine file"))
     if problems:

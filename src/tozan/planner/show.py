@@ -200,20 +200,10 @@ def _toml(value: object) -> str:
 
 
 def launch(plan: Plan) -> str:
-    """A job script: PJM for Fugaku, Slurm elsewhere."""
-    per_node, best = plan.machine.node.devices, plan.choices[0]
-    nodes = -(-best.devices // per_node)
+    """A script that has `tozan launch` start `plan.toml`: by PJM on Fugaku, elsewhere by what is there."""
+    best = plan.choices[0]
+    fewest = -(-best.devices // plan.machine.node.devices)
+    nodes = next(count for count in range(fewest, best.devices + 1) if best.devices % count == 0)
     hours = int(min(24, best.days * 24 * best.high / best.seconds) + 1)
-    run = "python -m tozan train plan.toml"
-    if "Fugaku" in plan.machine.name:
-        head = [
-            f'#PJM -L "node={nodes}"',
-            f'#PJM -L "elapse={hours}:00:00"',
-            f'#PJM --mpi "proc={best.devices}"',
-            "#PJM -S",
-        ]
-        start = f"mpiexec -n {best.devices} {run}"
-    else:
-        head = [f"#SBATCH --nodes={nodes}", f"#SBATCH --ntasks-per-node={per_node}", f"#SBATCH --time={hours}:00:00"]
-        start = f"srun {run}"
-    return "\n".join(["#!/bin/bash", *head, "set -euo pipefail", start, ""])
+    options = f"--nodes {nodes} --minutes {60 * hours}" + " --launcher pjm" * ("Fugaku" in plan.machine.name)
+    return f"#!/bin/bash\nexec tozan launch plan.toml {options}\n"
