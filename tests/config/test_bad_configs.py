@@ -51,15 +51,15 @@ def line(added: str) -> str:
     return GOOD + added
 
 
-def key(table: str, assignment: str, named: str, fix: str, name: str | None = None) -> Bad:
+def key(table: str, assignment: str, named: str, fix: str, name: str | None = None, flags: tuple[str, ...] = ()) -> Bad:
     """A wrong key in a table; those that the good config has already are written inside it."""
     if f"[{table}]" not in GOOD:
-        return Bad(name or assignment, line(f"[{table}]\n{assignment}\n"), ":11", named, fix)
+        return Bad(name or assignment, line(f"[{table}]\n{assignment}\n"), ":11", named, fix, flags)
     before, header, after = GOOD.partition(f"[{table}]\n")
     written = assignment.partition("=")[0].strip()
     kept = "".join(row + "\n" for row in after.splitlines() if not row.startswith(f"{written} ="))
     place = f":{(before + header).count(chr(10)) + 1}"
-    return Bad(name or assignment, f"{before}{header}{assignment}\n{kept}", place, named, fix)
+    return Bad(name or assignment, f"{before}{header}{assignment}\n{kept}", place, named, fix, flags)
 
 
 def flag(words: str, named: str, fix: str, place: str | None = None) -> Bad:
@@ -194,6 +194,14 @@ TOGETHER = [
         ":6",
         "1.3e+17 parameters",
         "smaller sizes",
+    ),
+    key(
+        "train",
+        "compile = true",
+        "train.compile with layout.zero 3",
+        "zero = 2",
+        "compiled ZeRO 3",
+        ("--layout.zero=3",),
     ),
     key("optim", "warmup = 100", "optim.warmup 100 must be less than train.steps 100", "warmup = 10"),
     key("optim", "warmup = 2000", "optim.warmup 2000 must be less than train.steps 100", "steps = 20000"),

@@ -72,6 +72,7 @@ def test_no_file_takes_flags_or_a_mapping() -> None:
     [
         (["--train.precision", "fp16", "--train.device", "cpu"], "fp16"),
         (["--optim.decay", "5"], "no effect"),
+        (["--layout.zero=2"], "no effect with 1 replica"),
         (["--optim.schedule", "constant", "--optim.min_lr", "1e-5"], "no effect"),
         (["--train.threads", "60000"], "cores"),
         (["--model.width", "65536", "--model.layers", "100"], "GiB"),

@@ -235,6 +235,21 @@ def zero_has_replicas(config: Config) -> Iterator[Finding]:
         yield what, "write zero = 2, or pipeline = 1"
 
 
+@_rule("layout.zero", "layout.data", "layout.context", warning=True)
+def zero_has_effect(config: Config) -> Iterator[Finding]:
+    """A single replica has nobody to share with."""
+    layout = config.layout
+    if layout.zero and layout.data * layout.context == 1:
+        yield f"layout.zero {layout.zero} has no effect with 1 replica", "write data = 2 or more, or leave zero out"
+
+
+@_rule("layout.zero", "train.compile")
+def compiled_blocks_keep_their_parameters(config: Config) -> Iterator[Finding]:
+    """ZeRO 3 takes a block's parameters away between its passes."""
+    if config.train.compile and config.layout.zero == 3:
+        yield "train.compile with layout.zero 3, whose parameters come and go", "write compile = false, or zero = 2"
+
+
 @_rule("layout.sequence_parallel", "layout.tensor")
 def sequences_have_ranks(config: Config) -> Iterator[Finding]:
     """Sequence parallelism lies along the tensor-parallel processes."""

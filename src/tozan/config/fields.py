@@ -76,7 +76,7 @@ class Field:
 
     Attributes:
         key: `table.name`, or `version`.
-        kind: `integer`, `number`, `boolean`, `string` or `array` (of integers).
+        kind: `integer`, `number`, `boolean`, `string` or `array`.
         choices: the only values allowed, or empty.
         low: lower bound, or None. high: upper bound, or None.
         low_open: the lower bound itself is not allowed. high_open: nor the upper.

@@ -16,7 +16,6 @@ from tozan import layout, models, schedules
 from tozan.checkpoint import Pieces
 from tozan.comm import Axis, Mesh, collectives
 from tozan.config import Config
-from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, hardware_flops
 from tozan.models.layers import initial
 from tozan.optim.gradients import GradientNorm, norm_of_sums
@@ -194,9 +193,6 @@ def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precis
     context.apply(model, mesh["cp"], shape.sequence)
     recompute.apply(model, recompute_of(config)[mesh["pp"].index])
     if config.train.compile:
-        if table.zero == 3:
-            what = "train.compile with layout.zero 3, whose parameters come and go while a block runs"
-            raise UserError(Problem("train.compile", what, "set train.compile = false, or zero = 2"))
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()
     stage = _stage(config, shape, model, part, mesh, precision) if part else None
