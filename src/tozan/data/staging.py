@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tozan.errors import Problem, UserError
-from tozan.files import sync_folder
+from tozan.files import exchange, sync_folder
 
 _LOCK = "lock"
 
@@ -78,10 +78,11 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
         overwrite: replace what stands there.
     """
     sync_folder(folder)
-    if overwrite and out.exists():
-        aside = folder.parent / "replaced"
-        out.rename(aside)
-    folder.rename(out)
+    if not (overwrite and out.exists()):
+        folder.rename(out)
+    elif not exchange(folder, out):  # without an atomic exchange there is a moment in which neither has the name
+        out.rename(folder.parent / "replaced")
+        folder.rename(out)
     sync_folder(out.parent)
 
 
