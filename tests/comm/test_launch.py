@@ -158,6 +158,8 @@ def test_refuses_a_job_of_another_size():
         check(8, Place(world_size=4, launcher="slurm"))
     with pytest.raises(UserError, match="asks for 2 ranks, but there is 1 process, started without a launcher"):
         check(2, Place())
+    with pytest.raises(UserError, match="there are 4 processes, started without a launcher"):
+        check(2, Place(world_size=4))
 
 
 def test_interface_of_the_loopback_address():

@@ -13,6 +13,7 @@ A beat costs one small message, so 4,096 ranks at two seconds are 2,000 messages
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -137,8 +138,9 @@ class Monitor:
             if verdict:
                 if self.rank == 0:
                     _say(verdict)
-                    self._store.set("verdict", verdict)
-                    time.sleep(2 * self._interval)  # this rank may hold the store: let the others read
+                    with contextlib.suppress(RuntimeError):  # where a launcher held the store, it may be gone by now
+                        self._store.set("verdict", verdict)
+                        time.sleep(2 * self._interval)  # this rank may hold the store: let the others read
                 self._end()
                 return
 

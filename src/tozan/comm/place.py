@@ -87,7 +87,7 @@ def check(world_size: int, place: Place, wanted_by: str = "layout") -> None:
         return
     got = f"{place.world_size} rank{'s' if place.world_size > 1 else ''} started by {place.launcher}"
     if place.launcher == "none":
-        got = "1 process, started without a launcher"
+        got = f"{place.world_size} process{'es' if place.world_size > 1 else ''}, started without a launcher"
     raise UserError(
         Problem(
             wanted_by,

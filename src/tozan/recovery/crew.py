@@ -187,7 +187,7 @@ class Crew:
         assert self._door is not None
         connection, _ = self._door.accept()
         wire = Wire(connection)
-        with contextlib.suppress(OSError, KeyError, ValueError):
+        with contextlib.suppress(OSError, KeyError, ValueError, TypeError):  # whatever a stranger may say
             end = time.monotonic() + 1.0
             while time.monotonic() < end:
                 for said in wire.hear():
