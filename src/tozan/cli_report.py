@@ -69,7 +69,9 @@ def print_ledger(run: Path) -> None:
 @click.argument("run", type=FOLDER)
 @click.option("--once", is_flag=True, help="Print one frame and leave.")
 @click.option("--until-done", is_flag=True, help="Leave when the last step is done.")
-@click.option("--every", type=float, default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option(
+    "--every", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between two looks."
+)
 def watch(run: Path, once: bool, until_done: bool, every: float) -> None:
     """Watch RUN on the terminal while it goes on; it may be started later. Ctrl-C leaves, the run goes on."""
     from tozan.report.watch import Watch

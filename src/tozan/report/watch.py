@@ -5,6 +5,7 @@ It may begin before the run has, and goes on when the run has ended, until Ctrl-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -113,8 +114,11 @@ class Watch:
             said.append(f"silent for {duration(age)}: stopped, or stuck")
         else:
             said.append(f"last record {duration(age)} ago")
-        saved = [path.stat().st_mtime for path in (self.run / "checkpoints").glob("step-*")]
-        said.append(f"last checkpoint {duration(time.time() - max(saved))} ago" if saved else "no checkpoint yet")
+        saved = 0.0
+        for path in (self.run / "checkpoints").glob("step-*"):
+            with contextlib.suppress(OSError):  # the run deletes old ones
+                saved = max(saved, path.stat().st_mtime)
+        said.append(f"last checkpoint {duration(time.time() - saved)} ago" if saved else "no checkpoint yet")
         return "  ·  ".join(said)
 
     def _phases(self, found: ranks.Ranks) -> Table:
