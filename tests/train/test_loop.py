@@ -68,6 +68,14 @@ def test_a_signal_saves_the_step_it_interrupts(configure):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_state_from_memory_is_saved_though_its_checkpoint_was_due_before(configure):
+    run = assemble(configure("--checkpoint.every=2"))
+    run.step, run.copies.leave = 2, True  # as after a loss while the checkpoint of step 2 was being written
+    with pytest.raises(Interrupted):
+        fit(run)
+    assert checkpoint.resolve(run.folder).name == "step-00000002"
+
+
 def test_a_finished_run_has_nothing_left_to_do(configure):
     train(configure())
     again = train(configure())
@@ -145,6 +153,9 @@ def test_records_say_what_the_house_promises(configure):
         assert record["mfu"] == pytest.approx(achieved / facts["peak_measured_flops"], rel=1e-9)
     assert steps[-1]["tokens"] == 4 * 4 * 32
     assert facts["parameters"] == sum(p.numel() for p in open_model(result.folder)[0].parameters())
+    # Continued between two records, the first one speaks of the step that was made since.
+    (record,) = records(train(configure("--train.steps=5", "--metrics.every=5")).folder)[2:]
+    assert record["tokens_per_second"] * record["seconds"] == pytest.approx(4 * 32)
 
 
 def test_the_profile_is_a_trace(configure):

@@ -33,6 +33,7 @@ class Saver:
         root: the folder of checkpoints, on a file system that all ranks share.
         swept: what earlier, killed saves had left and this start has deleted.
         last: the newest checkpoint that this saver has seen to its end (on rank 0), or None.
+        begun: the step of the state that was saved last, or is being saved; None before the first.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Saver:
         """
         self.root = root
         self.last: Path | None = None
+        self.begun: int | None = None
         self.swept: list[Path] = []
         self._keep = (keep_last, keep_every)
         self._background = background
@@ -89,6 +91,7 @@ class Saver:
         """
         trainer = check(state)
         staged, descriptor = self._stage(state.step, self._joined())
+        self.begun = state.step
         if not self._background:
             self._work(staged, descriptor, state, trainer)
             self.wait()

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from tozan.comm import Mesh, collectives
+from tozan.comm.texts import all_gather_texts
 from tozan.config.schema import Checks as Table
 from tozan.layout import AXES
 from tozan.optim.adamw import AdamW
@@ -41,8 +42,6 @@ EXIT_SILENT = 15
 """Exit status of a run that ends because of a silent error."""
 ATTEMPTS = 4
 """Times a step is computed at most, to find two equal results."""
-NAME_BYTES = 256
-"""Room for a rank's words about its own error."""
 
 
 class SilentError(RuntimeError):
@@ -143,7 +142,7 @@ class Checks:
         self._step = step
         self._twice = self._every > 0 and (step + 1) % self._every == 0
         self._sync.witness(self._twice)
-        self._start, self._waited = time.perf_counter(), self._mesh.ledger.sum().wait
+        self._start, self._waited = time.perf_counter(), self._mesh.ledger.waited()
 
     def judge(self, step: int, loss: float, norm: float, losses: Sequence[float], *, overflow: bool) -> str | None:
         """Before the update: exchange, and decide. A collective.
@@ -171,7 +170,7 @@ class Checks:
         if again is None:
             self._results.clear()
             self._notice(step, table)
-        self._start, self._waited = time.perf_counter(), self._mesh.ledger.sum().wait
+        self._start, self._waited = time.perf_counter(), self._mesh.ledger.waited()
         return again
 
     def keep(self, step: int) -> None:
@@ -211,7 +210,7 @@ class Checks:
 
     def _own_seconds(self) -> float:
         """Since the last mark, without waiting for others."""
-        waited = self._mesh.ledger.sum().wait - self._waited
+        waited = self._mesh.ledger.waited() - self._waited
         return max(time.perf_counter() - self._start - waited, 0.0)
 
     def _busy(self) -> int:
@@ -261,12 +260,7 @@ class Checks:
         """The words of the first of these ranks, on every rank; a collective."""
         if said:
             said = f"{said} (host {socket.gethostname()})"
-        if self._mesh.world_size == 1:
-            return said
-        text = said.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
-        mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)[None]
-        rows = collectives.all_gather(mine, self._mesh.everyone, name="checks").numpy()
-        return bytes(rows[ranks[0]]).rstrip(b"\0").decode(errors="replace")
+        return all_gather_texts(said, self._mesh.everyone, name="checks")[ranks[0]]
 
     def _repeat(self, step: int, table: np.ndarray, overflow: bool) -> str | None:
         """Why this step must be computed again, if so: the first result was suspicious, or no two are equal yet."""

@@ -190,7 +190,7 @@ def leave(run: Run, saver: Saver, metrics: Metrics, received: signal.Signals) ->
     Raises:
         Interrupted: always.
     """
-    if not due(run.step, run.config.checkpoint.every):
+    if saver.begun != run.step:  # due or not: a state from memory may be one whose checkpoint was never finished
         save(run, saver, metrics)
     metrics.write("event", run.step, event="stopped", text=received.name)
     saver.wait()
@@ -224,17 +224,16 @@ def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock, breakdo
     `seconds` and `phases` run from the previous record to this one, so they hold the evaluation and the checkpoint
     between the two; rates leave those out.
     """
+    clock.tokens += result.tokens
     if result.skipped is not None:
         metrics.write("event", run.step, event="skipped step", text=result.skipped)
     if run.step % run.config.metrics.every and run.step != run.config.train.steps:
         return
+    tokens = clock.tokens
     seconds, phases = clock.lap()
     breakdown.write(run.step, seconds, phases)
     working = seconds - phases.get("evaluation", 0.0) - phases.get("checkpoint", 0.0)
-    steps = (
-        run.config.metrics.every if run.step % run.config.metrics.every == 0 else run.step % run.config.metrics.every
-    )
-    rate = result.tokens * steps / working
+    rate = tokens / working
     achieved = rate * model_flops(run.shape) / run.shape.sequence
     executed = rate * executed_flops(run.config, run.shape) / run.shape.sequence
     metrics.write(

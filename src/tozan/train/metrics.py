@@ -34,6 +34,7 @@ class Clock:
     Attributes:
         trace: where to note (phase, start, end) of every mark, in seconds of `time.perf_counter`; None: nowhere.
         marks: where to note the phase of every mark; None: nowhere.
+        tokens: trained on since the last lap; counted by whoever trains.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None, ledger: Ledger | None = None) -> None:
@@ -44,6 +45,7 @@ class Clock:
         self._phases: dict[str, float] = {}
         self.trace: list[tuple[str, float, float]] | None = None
         self.marks: list[str] | None = None
+        self.tokens = 0
 
     def mark(self, phase: str) -> None:
         """Charge the time since the last mark to `phase`, less its waits; on a GPU, wait for it first."""
@@ -74,7 +76,7 @@ class Clock:
         """Seconds since the last lap and their phases in seconds; starts a new lap."""
         self.mark("other")
         seconds, phases = self._last - self._start, self._phases
-        self._start, self._phases = self._last, {}
+        self._start, self._phases, self.tokens = self._last, {}, 0
         return seconds, phases
 
 
@@ -99,7 +101,7 @@ class Jsonl:
     def __init__(self, path: Path, hold: float = 0.0) -> None:
         self._hold, self._flushed = hold, time.monotonic()
         # A killed writer may have left half a line; what follows must not be glued to it.
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        torn = path.exists() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
         self._file = path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
@@ -116,6 +118,12 @@ class Jsonl:
         """Force everything to disk."""
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
 
 
 class TensorBoard:
