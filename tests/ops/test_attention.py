@@ -42,11 +42,18 @@ def test_equals_torch_in_fp64(tokens, heads):
 
 
 @pytest.mark.parametrize("tokens", [200, 1030])
-def test_bf16_is_within_bf16s_rounding(tokens):
+def test_bf16_is_within_bf16s_rounding(kernels, tokens):
     tensors = inputs(torch.bfloat16, tokens, 2, 1, 64, batch=1)
     exact = outcome(causal_attention_reference, [t.detach().double().requires_grad_() for t in tensors])
     for found, expected in zip(outcome(causal_attention, tensors), exact, strict=True):
         assert (found - expected).norm() <= 2**-7 * expected.norm()
+
+
+def test_fp32_equals_torch_in_fp64(kernels):
+    tensors = inputs(torch.float32, 300, 6, 2)
+    exact = outcome(causal_attention_reference, [t.detach().double().requires_grad_() for t in tensors])
+    for found, expected in zip(outcome(causal_attention, tensors), exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradcheck():
@@ -57,7 +64,7 @@ def test_operators_keep_their_promises_to_the_compiler():
     torch.library.opcheck(causal_attention, inputs(torch.float32, 130, 4, 2, 8, batch=1))
 
 
-def test_the_future_is_not_seen():
+def test_the_future_is_not_seen(kernels):
     tensors = inputs(torch.bfloat16, 260)
     before = causal_attention(*tensors)
     for tensor in tensors:

@@ -42,7 +42,7 @@ def error(found, expected):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("ignored", [(), (0, 5, 36)])
-def test_loss_and_gradients_equal_torch_in_fp64(dtype, ignored):
+def test_loss_and_gradients_equal_torch_in_fp64(kernels, dtype, ignored):
     x, weight, targets = inputs(dtype, ignored=ignored)
     loss = linear_cross_entropy(x, weight, targets)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -57,7 +57,7 @@ def test_loss_and_gradients_equal_torch_in_fp64(dtype, ignored):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_as_close_to_fp64_as_the_plain_path(dtype):
+def test_autocast_is_as_close_to_fp64_as_the_plain_path(kernels, dtype):
     x, weight, targets = inputs(torch.float32)
     expected_loss, *expected = exact(x, weight, targets)
     with torch.autocast("cpu", dtype):
@@ -115,7 +115,7 @@ def test_fp16_gradients_do_not_vanish_or_overflow():
     assert error(gradient, exact(x, weight, targets)[2]) < 1e-3
 
 
-def test_targets_of_negligible_probability_have_finite_loss():
+def test_targets_of_negligible_probability_have_finite_loss(kernels):
     x, weight, targets = inputs(torch.float32, spread=300.0)
     loss = linear_cross_entropy(x, weight, targets)
     assert loss / len(targets) > 100
@@ -149,7 +149,7 @@ def test_without_gradients_the_loss_alone_is_computed(monkeypatch):
     assert linear_cross_entropy(x[:0].detach(), weight.detach(), targets[:0]).item() == 0.0
 
 
-def test_all_ignored_gives_zero():
+def test_all_ignored_gives_zero(kernels):
     x, weight, targets = inputs(ignored=range(37))
     loss = linear_cross_entropy(x, weight, targets)
     loss.backward()
@@ -159,7 +159,7 @@ def test_all_ignored_gives_zero():
 
 
 @pytest.mark.parametrize("wrong", [-1, 101])
-def test_targets_outside_the_vocabulary_are_refused(wrong):
+def test_targets_outside_the_vocabulary_are_refused(kernels, wrong):
     x, weight, targets = inputs()
     targets[7] = wrong
     with pytest.raises(RuntimeError):

@@ -74,7 +74,8 @@ def _process(m: Mapping[str, Any], p: Mapping[str, Any], result: Result) -> Iter
     yield "", f"a buffer of 64 MiB: {scaled(fresh.median, 's')} to {scaled(kept.median, 's')} ({gain:.1f}×), {faults}"
     shown = ("unlimited" if value is None else f"{value:,}" for value in m["limits"].values())
     yield "limits", ", ".join(f"{name} {value}" for name, value in zip(m["limits"], shown, strict=True))
-    yield "compiler", p["compiler"] or "none: train.compile needs one, nothing else does"
+    yield "compiler", p["compiler"] or "none: train.compile needs one, and kernels at their first use"
+    yield "kernels", p.get("kernels", "not known")
 
 
 def _variables(m: Mapping[str, Any], starts: tuple[str, ...]) -> str:

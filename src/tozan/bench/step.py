@@ -139,7 +139,7 @@ def read(model: str, flags: Sequence[str]) -> Config:
 def assemble(config: Config, folder: Path) -> Run:
     """The run of a config, as `tozan train` assembles it, on random tokens."""
     mesh = Mesh.create(mesh_layout(config))
-    machine.prepare(config.train.threads, config.train.deterministic)
+    machine.prepare(config.train.threads, config.train.deterministic, config.train.kernels)
     device = machine.choose_device(config.train.device)
     manifest = Path(config.data.path) / "manifest.json"
     shape = resolve(config.model, Manifest.read(manifest.parent).vocabulary if manifest.is_file() else VOCABULARY)

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tozan.models.arithmetic import Shape
 from tozan.models.layers import Attention
-from tozan.ops import linear_cross_entropy
+from tozan.ops import gelu, linear_cross_entropy, swiglu
 from tozan.optim.adamw import AdamW
 from tozan.optim.gradients import norm_of_sums, scale_gradients, squares_of, sums_of_squares
 
@@ -171,8 +170,8 @@ def _activation(dtype: torch.dtype | None, seconds: float, gated: bool, tokens: 
     h = torch.randn(tokens, width).to(dtype or torch.float32).requires_grad_()
     gate = h.detach().clone().requires_grad_()
     if gated:
-        return _passes(seconds, dtype, lambda: F.silu(h) * gate, h, gate)
-    return _passes(seconds, dtype, lambda: F.gelu(h, approximate="tanh"), h)
+        return _passes(seconds, dtype, lambda: swiglu(h, gate), h, gate)
+    return _passes(seconds, dtype, lambda: gelu(h), h)
 
 
 def _attention(dtype: torch.dtype | None, seconds: float, batch: int, heads: int, tokens: int, size: int) -> Times:

@@ -135,6 +135,8 @@ class Train(Table):
     """In place of `recompute`, one word for each pipeline stage: early stages hold the most micro-batches at once."""
     compile: bool = False
     """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """Operations compiled for this processor where there is a C++ compiler (`auto`), or those of PyTorch (`plain`)."""
     deterministic: bool = True
     """Give the same bits when repeated, in any number of replicas; these then send gradients every micro-batch."""
     seed: Seed = 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tozan.models.arithmetic import Shape
 from tozan.models.layers import Attention, Cache, Past
-from tozan.ops import linear_cross_entropy
+from tozan.ops import gelu, linear_cross_entropy
 
 ROLES = {
     "embed": "vocab",
@@ -38,7 +38,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """From what `fc` returned, (B, T, F), to (B, T, D)."""
-        return self.proj(F.gelu(hidden, approximate="tanh"))  # type: ignore[no-any-return]
+        return self.proj(gelu(hidden))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

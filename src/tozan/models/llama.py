@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tozan.models.arithmetic import Shape
 from tozan.models.layers import Attention, Cache, Past, Rotary
-from tozan.ops import linear_cross_entropy
+from tozan.ops import linear_cross_entropy, swiglu
 
 ROLES = {
     "embed": "vocab",
@@ -38,7 +38,7 @@ class MLP(nn.Module):
 
     def leave(self, gate: Tensor, up: Tensor) -> Tensor:
         """From what `gate` and `up` returned, each (B, T, F), to (B, T, D)."""
-        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(swiglu(gate, up))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""

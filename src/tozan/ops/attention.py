@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tozan.ops import native
+
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What `causal_attention` computes, by PyTorch's own operation.
@@ -123,6 +125,10 @@ def _probabilities(q: Tensor, k: Tensor, first: int) -> Tensor:
     kv_heads, group, rows, size = q.shape
     flat = q.reshape(kv_heads, group * rows, size)
     scores = torch.baddbmm(flat.new_empty(()), flat, k.transpose(1, 2), beta=0.0, alpha=1.0 / math.sqrt(size))
+    if native.usable(scores):
+        sizes = kv_heads * group * rows, rows, first, first + rows
+        native.call("causal_softmax", scores.dtype, scores, *sizes)
+        return scores
     future = scores.new_full((rows, rows), -math.inf).triu_(1)
     scores.view(kv_heads, group, rows, first + rows)[..., first:].add_(future)
     return torch.softmax(scores, dim=-1)

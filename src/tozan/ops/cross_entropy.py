@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tozan.ops import native
+
 IGNORE = -100
 """The target of a token that is left out of the loss (PyTorch's own convention)."""
 
@@ -104,6 +106,11 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
 
 def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient: Tensor | None) -> None:
     """Fills `loss` (N,), and `gradient` (N, V) with softmax - one-hot; `gradient` may be `logits` itself."""
+    if native.usable(logits, gradient) and (gradient is None or gradient.dtype == logits.dtype):
+        _require_ids(targets, logits.shape[1])
+        ids = targets.contiguous()
+        native.call("cross_entropy", logits.dtype, logits, *logits.shape, ids, IGNORE, loss, gradient)
+        return
     block = max(1, _BLOCK_ELEMENTS // logits.shape[1]) * (torch.get_num_threads() if logits.is_cpu else 64)
     for start in range(0, logits.shape[0], block):
         rows = slice(start, start + block)
@@ -119,6 +126,13 @@ def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient: Tensor | No
             if not kept.all():
                 p *= kept[:, None]
             gradient[rows] = p
+
+
+def _require_ids(targets: Tensor, vocabulary: int) -> None:
+    """Raises a RuntimeError if a target is neither a token's id nor left out, as PyTorch's operations do."""
+    wrong = (targets != IGNORE) & ((targets < 0) | (targets >= vocabulary))
+    if wrong.any():
+        raise RuntimeError(f"target {int(targets[wrong][0])} is outside of the vocabulary of {vocabulary}")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

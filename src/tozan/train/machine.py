@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from tozan.ops import native
+
 MALLOPT = {"M_MMAP_THRESHOLD": 1 << 30, "M_TRIM_THRESHOLD": (1 << 31) - 1, "M_TOP_PAD": 64 << 20}
 """What glibc is told so that it keeps freed blocks in the process, in bytes."""
 _NUMBERS = {"M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2, "M_MMAP_THRESHOLD": -3}
@@ -30,13 +32,15 @@ def keep_freed_memory() -> bool:
     return all(accepted)
 
 
-def prepare(threads: int | None, deterministic: bool) -> None:
-    """Set this process up for training: allocator, thread count, determinism.
+def prepare(threads: int | None, deterministic: bool, kernels: native.Choice = "auto") -> None:
+    """Set this process up for training: allocator, thread count, determinism, kernels.
 
     Args:
         threads: threads for computing; 0 means every core this process may run on, None leaves them as they are.
         deterministic: refuse operations whose bits differ from run to run.
+        kernels: compiled ones where they can be had, or `plain` PyTorch.
     """
+    native.choose(kernels)
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))

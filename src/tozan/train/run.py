@@ -22,6 +22,7 @@ from tozan.config import Config, Loaded
 from tozan.data import Dataset, Manifest
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
+from tozan.ops import native
 from tozan.optim.adamw import SLOTS, AdamW
 from tozan.train import machine
 from tozan.train.checks import Checks
@@ -210,7 +211,9 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     config, folder = loaded.config, Path(loaded.config.run.folder)
     mesh = mesh or Mesh.create(mesh_layout(config))
     # The launcher has set the threads of a rank among others.
-    machine.prepare(config.train.threads if mesh.world_size == 1 else None, config.train.deterministic)
+    machine.prepare(
+        config.train.threads if mesh.world_size == 1 else None, config.train.deterministic, config.train.kernels
+    )
     device = machine.choose_device(config.train.device)
     data, validation = open_data(config)
     shape = shape_of(loaded)
@@ -234,6 +237,8 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
         copies=copies,
         checks=Checks(config.checks, split, optimizer),
     )
+    if config.train.kernels == "auto" and native.status() != native.COMPILED:
+        run.notes.append(("kernels", native.status()))
     torch.manual_seed(config.train.seed)
     resume(run)
     if run.writes:
@@ -285,6 +290,7 @@ def facts(run: Run) -> dict[str, Any]:
         "machine": machine.describe(),
         "versions": {"tozan": tozan.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "threads": torch.get_num_threads(),
+        "kernels": native.status(),
         "processes": run.split.mesh.world_size,
         "layout": run.config.layout.model_dump(),
         "device": str(run.device),

@@ -1,0 +1,178 @@
+"""Compiles `kernels.cpp` for this processor at first use and keeps the result in the user's cache folder.
+
+The folder is `$XDG_CACHE_HOME/tozan/kernels` (else `~/.cache/…`), closed to other users: what lies there is code that
+this process runs. A library's name is a hash of source, flags and processor, and it appears there by a rename, so a
+home that different nodes share holds one for each of them, and login nodes may compile for compute nodes of their kind
+that have no compiler. Of the processes of a node that start together one compiles, the others wait for it. Where
+nothing can be compiled, every operation runs in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Choice = Literal["auto", "plain"]
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILED = "compiled for this processor"
+PATIENCE = 120.0
+"""Seconds that a process waits for another's compiler before it starts its own."""
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_chosen: Choice = "auto"
+
+
+def choose(choice: Choice) -> None:
+    """Use compiled kernels where they can be had (`auto`, as at the start), or `plain` PyTorch only."""
+    global _chosen
+    _chosen = choice
+
+
+def status() -> str:
+    """`COMPILED` if kernels are in use, else why not."""
+    if _chosen == "plain":
+        return "plain PyTorch: asked for"
+    library, why = _load()
+    return COMPILED if library else f"plain PyTorch: {why}"
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether kernels can take these tensors: on the CPU, in fp32 or bf16, outside of torch.compile.
+
+    torch.compile fuses plain operations by itself, with more of what is around them.
+    """
+    if _chosen == "plain" or torch.compiler.is_compiling():
+        return False
+    fit = all(t is None or (t.device.type == "cpu" and t.dtype in _TYPES) for t in tensors)
+    return fit and _load()[0] is not None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+    """Run a kernel on as many threads as PyTorch uses.
+
+    Args:
+        name: of the function, without its type.
+        dtype: of the elements.
+        arguments: as the kernel takes them; tensors must be contiguous, None is a null pointer.
+    """
+    library = _load()[0]
+    assert library is not None, name
+    function = getattr(library, f"{name}_{_TYPES[dtype]}")
+    function(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _argument(value: Tensor | int | None) -> object:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous(), value.stride()
+        return ctypes.c_void_p(value.data_ptr())
+    return None if value is None else ctypes.c_long(value)
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none."""
+    try:
+        library = ctypes.CDLL(str(build(cache_folder())))
+    except OSError as error:
+        return None, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    except RuntimeError as error:  # this user has no home
+        return None, str(error)
+    return library, ""
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tozan" / "kernels"
+
+
+def build(folder: Path) -> Path:
+    """The library of this source for this processor, compiled unless `folder` has it.
+
+    Raises:
+        OSError: no compiler, or it fails, or others may write into the folder.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_private(folder)
+    name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, _flags()), _processor()])).hexdigest()
+    path = folder / f"{name[:32]}.so"
+    with contextlib.nullcontext() if path.exists() else _turn(folder / f"{name[:32]}.{platform.node()}.lock", path):
+        if not path.exists():
+            _compile(path)
+    _require_private(path)
+    return path
+
+
+def _flags() -> list[str]:
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return ["-std=c++17", "-O3", native, "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+
+
+def _processor() -> bytes:
+    """What decides which instructions the compiler may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    named = ("flags", "model name", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(named)})).encode()
+
+
+def _require_private(path: Path) -> None:
+    facts = path.lstat()
+    if stat.S_ISLNK(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise PermissionError(0, "others than this user may write there", str(path))
+
+
+@contextlib.contextmanager
+def _turn(lock: Path, made: Path) -> Iterator[None]:
+    """Waits until no other process of this node compiles, or `made` exists, or patience ends."""
+    with lock.open("w") as file:
+        end = time.monotonic() + PATIENCE
+        while not made.exists() and time.monotonic() < end:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:  # held, or a file system without locks: then each compiles for itself
+                time.sleep(0.05)
+        yield
+
+
+def _compile(path: Path) -> None:
+    """Compile into a file of its own, then rename it.
+
+    Raises:
+        OSError: no compiler, or it fails.
+    """
+    given = os.environ.get("CXX", "").split()
+    compiler = given or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
+    if not compiler:
+        raise FileNotFoundError(0, "no C++ compiler (c++, g++ or clang++) to compile kernels with")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [*compiler, *_flags(), "-o", str(made), str(SOURCE)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(0, f"{compiler[0]} took more than {PATIENCE:.0f} s") from None
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+            raise OSError(0, f"{compiler[0]} failed: {first}")
+        made.chmod(0o500)
+        made.replace(path)
