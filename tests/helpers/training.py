@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tozan import models
-from tozan.comm import Mesh
+from tozan.comm import Mesh, collectives
 from tozan.config.schema import Optim
 from tozan.layout import Layout
 from tozan.models.arithmetic import Shape
@@ -79,6 +79,27 @@ def engine(model, mesh, stage, shards=None, deterministic=True, bucket_bytes=32 
     return Zero(model, axis, stage, shards=part, deterministic=deterministic)
 
 
+def whole(sync, tensors, shapes, axis):
+    """Global tensors from every rank's slices, under `<parameter>` or `<slot>/<parameter>`."""
+    if isinstance(sync, DataParallel):
+        return dict(tensors)
+    found = {}
+    for key, piece in tensors.items():
+        name = key.rpartition("/")[2]
+        flat = torch.zeros(shapes[name].numel(), dtype=piece.dtype)
+        flat[sync.starts[name] : sync.starts[name] + piece.numel()] = piece.detach()
+        summed = collectives.all_reduce(flat, axis, name="whole")
+        found[key] = (summed / sync.replica[1]).view(shapes[name])  # copies are two: halving their sum is exact
+    return found
+
+
+def own(sync, tensors):
+    """This rank's slices of global tensors, named as in `whole`."""
+    names = {key: key.rpartition("/")[2] for key in tensors}
+    ends = {key: sync.starts[name] + sync.parameters[name].numel() for key, name in names.items()}
+    return {key: tensors[key].reshape(-1)[sync.starts[names[key]] : ends[key]] for key in tensors}
+
+
 def together(a_shape, size, stage, shards=None, deterministic=True, steps=3, micro_batches=4, options=None):
     """The same run on one of `size` ranks, with what `alone` returns plus the bytes sent."""
     options = dict(options or {})
@@ -109,8 +130,9 @@ def together(a_shape, size, stage, shards=None, deterministic=True, steps=3, mic
         sync.publish()
         losses.append(sum(in_order(values, axis)))
         norms.append(norm.value)
-    parameters = dict(sync.whole({n: p.detach() for n, p in sync.parameters.items()}))
-    state = dict(sync.whole(optimizer.tensors()))
     sent = {key: total.bytes for key, total in mesh.ledger.totals.items()}
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    parameters = whole(sync, {n: p.detach() for n, p in sync.parameters.items()}, shapes, axis)
+    state = whole(sync, optimizer.tensors(), shapes, axis)
     sync.close()
     return losses, norms, parameters, state, sent

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import spawn
 from tensor_cases import SHAPES, assemble, batch, create, distance
+from training import whole
 
 from tozan import schedules
 from tozan.comm import Axis, Mesh
@@ -164,13 +165,14 @@ def three_dimensions(layout, zero):
     layers = split_layers(shape.layers, layout.pp)
     model, placements, ready = stage_of(shape, mesh, plan, layers, dtype=torch.float64)
     named = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in named.items()}
     replicas = Zero(model, axis, 1) if zero else DataParallel(named, axis)
     for _ in range(2):
         outcome = ready.step([inputs[m] for m in mine], [targets[m] for m in mine], 0.5)
         door.synchronize(named, placements, mesh)
         replicas.begin(last=True)
         replicas.finish()
-        summed = dict(replicas.whole({name: p.grad for name, p in replicas.parameters.items()}))
+        summed = whole(replicas, {name: p.grad for name, p in replicas.parameters.items()}, shapes, axis)
         model.zero_grad()
     found = [distance(outcome.losses, expected[axis.index :: axis.size])]
     for parameter in placements:

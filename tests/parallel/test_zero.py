@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import spawn
 from torch import nn
-from training import TABLE, alone, batches, engine, loss_of, shape, together, tokens
+from training import TABLE, alone, batches, engine, loss_of, own, shape, together, tokens, whole
 
 from tozan import models
 from tozan.comm import Axis, Mesh
@@ -99,14 +99,14 @@ def held(model):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_memory_per_rank_follows_the_formula_within_a_tenth(stage):
-    for measured, at_rest, elements, whole, working in spawn(4, memory, stage, 4):
+    for measured, at_rest, elements, full, working in spawn(4, memory, stage, 4):
         formula = zero_bytes(elements, stage, 4)
         # A stage 1 rank has sent its gradient away by then, too: it keeps a shard like stage 2.
         kept = zero_bytes(elements, max(stage, 2), 4)["gradients"]
         assert measured == pytest.approx(formula["parameters"] + kept + formula["optimizer"], rel=0.1)
         assert at_rest == pytest.approx(formula["parameters"] + formula["optimizer"], rel=0.1)
         if stage == 3:
-            assert whole <= working
+            assert full <= working
 
 
 def counted(stage):
@@ -139,24 +139,25 @@ def reshaped():
     sync = engine(model, mesh, 3)
     optimizer = AdamW(sync.parameters, TABLE, sync.matrices)
     torch.manual_seed(9)
-    whole = {
+    values = {
         name: torch.randn(value.shape) for name, value in dict(models.create(shape(), 1).named_parameters()).items()
     }
-    slots = {f"{slot}/{n}": torch.randn(v.shape) for slot in ("exp_avg", "exp_avg_sq") for n, v in whole.items()}
+    shapes = {name: value.shape for name, value in values.items()}
+    slots = {f"{slot}/{n}": torch.randn(v.shape) for slot in ("exp_avg", "exp_avg_sq") for n, v in values.items()}
     with torch.no_grad():
-        for name, piece in sync.own(whole).items():
+        for name, piece in own(sync, values).items():
             sync.parameters[name].copy_(piece)
-    for name, piece in sync.own(slots).items():
+    for name, piece in own(sync, slots).items():
         optimizer.tensors()[name].copy_(piece)
     sync.publish()
-    assert {n: p.numel() for n, p in sync.parameters.items()} == {n: t.numel() for n, t in sync.own(whole).items()}
-    for given in (whole, slots):
-        live = {n: p.detach() for n, p in sync.parameters.items()} if given is whole else optimizer.tensors()
-        back = dict(sync.whole(live))
+    assert {n: p.numel() for n, p in sync.parameters.items()} == {n: t.numel() for n, t in own(sync, values).items()}
+    for given in (values, slots):
+        live = {n: p.detach() for n, p in sync.parameters.items()} if given is values else optimizer.tensors()
+        back = whole(sync, live, shapes, mesh["dp"])
         assert back.keys() == given.keys()
         assert all(torch.equal(back[name], given[name]) for name in given)
     plain = models.create(shape(), 0)
-    plain.load_state_dict(whole)
+    plain.load_state_dict(values)
     micro = batches(1, 1)[0, 0]
     with torch.no_grad():
         assert torch.equal(loss_of(plain, micro, 1), loss_of(model, micro, 1))
@@ -192,7 +193,8 @@ def against_fsdp():
     loss_of(ours, step[mesh.rank], tokens(step)).backward()
     sync.finish()
     loss_of(theirs, step[mesh.rank], tokens(step)).backward()
-    gradients = dict(sync.whole({name: p.grad for name, p in sync.parameters.items()}))
+    shapes = {name: p.shape for name, p in ours.named_parameters()}
+    gradients = whole(sync, {name: p.grad for name, p in sync.parameters.items()}, shapes, mesh["dp"])
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(gradients[name], 2 * parameter.grad.full_tensor(), rtol=1e-12, atol=1e-15)
 

@@ -60,7 +60,6 @@ class Injector:
         self._waiting = faults
         self._arrivals: Counter[int] = Counter()
         self._lock = threading.RLock()
-        self._main = threading.get_ident()
 
     def restarted(self, resumed: int | None) -> None:
         """Let faults of restarts that are due happen in this one."""

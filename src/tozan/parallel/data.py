@@ -21,7 +21,7 @@ communicates. With one micro-batch per rank and step both are the same: 2·G·(n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,14 +122,6 @@ class DataParallel:
 
     def publish(self) -> None:
         """After the optimizer's step: every rank has stepped all parameters alike, so nothing is to be done."""
-
-    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Global tensors of this rank's ones: the same, here."""
-        yield from tensors.items()
-
-    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of global tensors: all, here."""
-        return dict(tensors)
 
     def witness(self, on: bool) -> int | None:
         """`Synchronizer.witness`: a checksum of what this rank has sent since it was turned on; None if nothing is."""

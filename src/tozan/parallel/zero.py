@@ -22,7 +22,7 @@ The optimizer steps `zero.parameters`: for every parameter this rank's flat slic
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -162,45 +162,6 @@ class Zero:
         for handle in handles:
             handle.wait()
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Global tensors from every rank's slices: a collective, one unit in memory at a time.
-
-        Args:
-            tensors: this rank's slices under `<parameter>` or `<slot>/<parameter>`, as `AdamW.tensors` names them;
-                other names are passed on as they are.
-
-        Yields:
-            Names and global tensors, the same on every rank. They are views that the next unit does not reuse.
-        """
-        slots: dict[str, set[str]] = {}
-        for key in tensors:
-            slot, name = self._parse(key)
-            if name is None:
-                yield key, tensors[key]
-            else:
-                slots.setdefault(slot, set()).add(name)
-        for slot in sorted(slots):
-            for unit in self._units:
-                if not slots[slot].issuperset(unit.shapes):
-                    raise KeyError(f"{slot or 'parameters'} of {unit.name}: not all are there")
-                own = tensors[slot + next(iter(unit.shapes))].new_zeros(unit.shard)
-                for name in unit.shapes:
-                    own[unit.own(name, self._axis.index)[0]] = tensors[slot + name].detach()
-                flat = own.new_empty(unit.total)
-                c.gather_into_async(flat, self._axis, own, name=f"state of {unit.name}").wait()
-                yield from ((slot + name, view) for name, view in unit.views(flat).items())
-
-    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's slices of global tensors, named as in `whole`; others as they are."""
-        units = {name: unit for unit in self._units for name in unit.shapes}
-        result = {}
-        for key, tensor in tensors.items():
-            name = self._parse(key)[1]
-            result[key] = tensor
-            if name is not None:
-                result[key] = tensor.reshape(-1)[units[name].own(name, self._axis.index)[1]]
-        return result
-
     def witness(self, on: bool) -> int | None:
         """`Synchronizer.witness`: a checksum of what this rank has sent since it was turned on."""
         return self._synchronizer.witness(on)
@@ -210,12 +171,6 @@ class Zero:
         self._synchronizer.remove()
         if self._gathering:
             self._gathering.remove()
-
-    def _parse(self, key: str) -> tuple[str, str | None]:
-        if key in self.parameters:
-            return "", key
-        slot, _, name = key.partition("/")
-        return f"{slot}/", name if name in self.parameters else None
 
 
 def _flatten(unit: Unit, index: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,6 @@ to the network carry a part of every ring (the hierarchical rings of NCCL).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from tozan.planner.candidates import Floats
@@ -93,12 +91,3 @@ def send(machine: Machine, moved: Sizes, stride: Sizes) -> Floats:
         machine.node.latency / 2 + np.asarray(moved) / machine.node.bandwidth,
         machine.node.latency / 2 + machine.network.latency + np.asarray(moved) / link,
     )
-
-
-def bus_bandwidth(machine: Machine, moved: float, sizes: Iterable[int]) -> list[float]:
-    """What nccl-tests would print for an all-reduce of `moved` bytes over 1 … n neighbouring ranks, bytes/s."""
-    result = []
-    for size in sizes:
-        seconds = float(all_reduce(machine, moved, size, 1))
-        result.append(2 * (size - 1) / size * moved / seconds)
-    return result

@@ -16,13 +16,13 @@ from tozan.planner import costs, layer
 from tozan.planner.candidates import Candidates, Flags, Floats
 from tozan.planner.layer import Job
 
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "working", "reserve")
-"""`working`: what lives only for a moment: the block being recomputed, logits, gathered parameters."""
-
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per category on the fullest rank, and on the host; one entry per candidate."""
+    """Bytes per category on the fullest rank, and on the host; one entry per candidate.
+
+    The category `working` is what lives only for a moment: the block being recomputed, logits, gathered parameters.
+    """
 
     parts: dict[str, Floats]
     host: Floats

@@ -10,7 +10,6 @@ import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 
@@ -393,8 +392,3 @@ READERS: dict[str, Callable[[str, Machines], Iterator[Case]]] = {
 def every(machines: Machines = load) -> dict[str, list[Case]]:
     """All cases of all tables."""
     return {table: cases(table, machines) for table in READERS}
-
-
-def settings(case: Case) -> dict[str, Any]:
-    """What a case ran, for messages."""
-    return case.layout.one(0) | {"stack": case.job.stack.name, "machine": case.job.machine.name}

@@ -68,7 +68,6 @@ class Stack:
 
 MEGATRON_2020 = Stack("Megatron-LM 2020", scatter_gather=False)
 MEGATRON_2021 = Stack("Megatron-LM 2021 (SC21)")
-MEGATRON_2021_UNFUSED = Stack("Megatron-LM 2021 without fused operations", fused=False)
 MEGATRON_DEEPSPEED = Stack("Megatron-DeepSpeed", scatter_gather=False, slowdown=1.15)
 MEGATRON_2022 = Stack("Megatron-LM 2022 (Korthikanti)", tp_overlap=0.5)
 MEGATRON_CORE = Stack(
