@@ -19,6 +19,12 @@ from tozan.train import train
 
 STEPS = 120
 PORT = 29_471
+OPEN = """
+import socket, time
+s = socket.create_server(("0.0.0.0", 0))
+print(s.getsockname()[1], flush=True)
+time.sleep(600)
+"""
 
 
 def agents(path: Path, everyone, flags):
@@ -62,6 +68,10 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
         first, second = everyone
         leading, following = agents(path, everyone, layout)
         wait_until(lambda: step(hurt) >= 20)
+        for host in everyone:  # agents, their store, gloo: on the interface between the hosts, or on loopback
+            addresses = {address for address, _ in host.listening()}
+            assert host.address in addresses
+            assert addresses <= {host.address, "127.0.0.1"}, host.listening()
         second.unplug()  # nobody is told: connections are half open
         wait_until(lambda: events(hurt, "rescued"))
         rescued, lost = events(hurt, "rescued")[0], events(hurt, "lost")[0]
@@ -72,7 +82,8 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
         remaining = max(pid for pid in first.processes() if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(remaining, signal.SIGSTOP)  # or the run may be over before the node is back
         second.plug()
-        time.sleep(5)
+        wait_until(lambda: first.connected(PORT))
+        time.sleep(0.5)  # for the agent to see who has come
         os.kill(remaining, signal.SIGCONT)
         _, errors = leading.communicate(timeout=400)
         assert leading.returncode == 0, errors
@@ -91,6 +102,22 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
         r["step"] for r in map(json.loads, (hurt / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"
     ]
     assert set(steps) == set(range(1, STEPS + 1))
+
+
+@pytest.mark.skipif(not hosts.available(), reason="needs root and iproute2")
+def test_no_port_of_a_job_on_one_machine_can_be_reached_from_another(configure):
+    path = configure("alone")
+    with hosts.several(2) as (here, elsewhere):
+        words = [sys.executable, "-m", "tozan", "agent", str(path), "--train.steps=100000"]
+        control = here.start([sys.executable, "-c", OPEN])
+        port = int(control.stdout.readline())
+        job = here.start(words)
+        wait_until(lambda: step(path.with_suffix("")) >= 3 or job.poll() is not None)
+        listening = here.listening()
+        ports = {port for _, port in listening}
+        assert len(ports) >= 4, listening  # the store, connections of gloo on both ranks, and the control
+        assert elsewhere.reaches(here.address, ports) == {port}, listening
+        assert ("0.0.0.0", port) in listening
 
 
 def test_the_nearest_layout_keeps_the_batch_and_gives_up_replicas_first(configure):

@@ -100,7 +100,7 @@ def test_killed_20_times_equals_undisturbed_to_the_bit(configure, tmp_path, serv
     words, chance, torn_saves = ["train", str(tmp_path / "hurt.toml"), *flags], random.Random(20), 0
     for attempt in range(20):
         aim = "save" if attempt % 2 else "step"
-        if attempt in (4, 9, 14):
+        if attempt == 9:  # by the command line; the others are forked, which is quicker
             with subprocess.Popen([sys.executable, "-m", "tozan", *words], stdout=subprocess.DEVNULL) as process:
                 kill(process.pid, hurt, aim, chance)
             assert process.returncode == -signal.SIGKILL

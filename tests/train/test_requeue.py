@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import slurm
+from tests.train.conftest import CONFIG
 
 from tozan import checkpoint
 from tozan.comm.jobs import Job, script
+from tozan.config import load
 from tozan.train import train
 
 STEPS = 240
@@ -48,12 +50,13 @@ def resumed(run: Path) -> list[int]:
     return [record["step"] for record in records if record.get("event") == "resumed"]
 
 
-@pytest.fixture
-def calm(configure) -> str:
+@pytest.fixture(scope="module")
+def calm(text_data, tmp_path_factory) -> str:
     """State hash of the undisturbed run, on one process."""
-    loaded = configure(*FLAGS, folder="calm")
-    train(loaded)
-    return hash_of(Path(loaded.config.run.folder))
+    folder = tmp_path_factory.mktemp("calm")
+    (folder / "calm.toml").write_text(CONFIG.format(folder=folder / "calm", data=text_data))
+    train(load(folder / "calm.toml", FLAGS))
+    return hash_of(folder / "calm")
 
 
 @pytest.mark.skipif(not slurm.installed(), reason="needs Slurm and munge, and root")

@@ -98,6 +98,8 @@ def test_a_cut_cable_ends_both_sides_with_a_message_each_that_names_who_is_lost(
         assert time.monotonic() < deadline
         assert all(rank.poll() is None for rank in ranks)
         time.sleep(0.1)
+    for host in pair:  # rank 0's store and gloo: on the interface between the hosts, or on loopback
+        assert {address for address, _ in host.listening()} - {"127.0.0.1"} == {host.address}, host.listening()
     pair[1].unplug()
     cut = time.monotonic()
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]

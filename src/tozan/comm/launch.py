@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -26,7 +27,7 @@ from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
 from tozan.comm.mesh import Mesh
 from tozan.comm.monitor import Monitor
-from tozan.comm.place import Place, address_towards, check, find, interface_to, is_loopback
+from tozan.comm.place import Place, address_towards, check, find, interface_to, is_loopback, outward
 from tozan.errors import EXIT_LOST
 from tozan.layout import Layout
 
@@ -62,6 +63,8 @@ def join(
     if place.world_size == 1:
         yield Mesh.create(layout)
         return
+    if place.local_size < place.world_size:
+        place = replace(place, master=outward(place.master))
     raw = _meet(place, timeout_s)
     # An agent's store outlives the ranks: what earlier ones have left there is not for these.
     store = _part(raw, f"generation {place.generation}")
@@ -84,7 +87,7 @@ def join(
         lost_after=lost_after_s,
         hang_after=timeout_s,
         speaks=place.rank == 1 or place.local_rank == 0,
-        explain=not place.generation,  # an agent knows who was lost, and everyone is to leave at once
+        explain=not place.restarts,  # an agent knows who was lost, and everyone is to leave at once
     ).start()
     try:
         yield Mesh.create(layout, timeout_s=patience.total_seconds(), debug=debug, monitor=monitor)

@@ -34,6 +34,7 @@ class Place:
         launcher: who started the process: `torchrun`, `mpirun`, `slurm`, `pjm`, `agent` (tozan's own) or `none`.
         hosted: the launcher itself answers at `master:port` (torchrun's agent does, and tozan's).
         generation: how often tozan's agent has started the ranks; 0 without it.
+        restarts: the launcher starts all ranks again when one is lost.
     """
 
     rank: int = 0
@@ -45,6 +46,7 @@ class Place:
     launcher: str = "none"
     hosted: bool = False
     generation: int = 0
+    restarts: bool = False
 
 
 def find(environment: Mapping[str, str] | None = None) -> Place:
@@ -59,11 +61,12 @@ def find(environment: Mapping[str, str] | None = None) -> Place:
     e = os.environ if environment is None else environment
     if "TOZAN_AGENT" in e:
         found = _place(e, "agent", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), True)
-        return replace(found, generation=int(json.loads(e["TOZAN_AGENT"])["generation"]))
+        return replace(found, generation=int(json.loads(e["TOZAN_AGENT"])["generation"]), restarts=True)
     if "RANK" in e and "WORLD_SIZE" in e:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in e else "none"
         hosted = e.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return _place(e, launcher, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), hosted)
+        found = _place(e, launcher, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), hosted)
+        return replace(found, restarts=launcher == "torchrun" and e.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0")
     if "PJM_JOBID" in e and "PLE_RANK_ON_NODE" in e:
         return _fugaku(e)
     if "OMPI_COMM_WORLD_RANK" in e:
@@ -122,6 +125,36 @@ def interface_to(address: str) -> str | None:
     return None
 
 
+def outward(host: str) -> str:
+    """The address by which this machine is to use the name that other machines have for `host`.
+
+    Debian's /etc/hosts calls a machine's own name 127.0.1.1, where nobody else reaches it. Then it is this machine's
+    other address if it has just one; if it has several, it cannot be told which of them the others see.
+
+    Args:
+        host: a name or an address.
+
+    Returns:
+        That one address, or `host` as it is.
+    """
+    import psutil
+
+    try:
+        family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    except OSError:
+        return host  # whoever connects says what is wrong
+    if family != socket.AF_INET or not is_loopback(str(target[0])):
+        return host
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    own = {
+        entry.address
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if name in up and entry.family == socket.AF_INET and not is_loopback(entry.address)
+    }
+    return own.pop() if len(own) == 1 else host
+
+
 def listen(host: str, port: int = 0, *, one_machine: bool) -> socket.socket:
     """Listen on one address of this machine.
 
@@ -132,7 +165,7 @@ def listen(host: str, port: int = 0, *, one_machine: bool) -> socket.socket:
 
     Returns:
         The socket. It is bound to `host`'s address, but to every interface's where others look for a name that is a
-        loopback address here (Debian writes 127.0.1.1): what they see is not known.
+        loopback address here: which of this machine's addresses they see is not known (see `outward`).
 
     Raises:
         OSError: the address is in use, or none of this machine's.

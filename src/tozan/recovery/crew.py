@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from tozan.comm.place import listen
+from tozan.comm.place import listen, outward
 from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
 from tozan.recovery.remote import BEAT, Remote, Wire
@@ -63,7 +63,7 @@ class Crew:
             nodes: in all, this one included.
             patience: seconds to wait; the run begins without those that have not come by then.
         """
-        self.address = address
+        self.address = address = outward(address) if nodes > 1 else address
         local = address.startswith("127.")
         self._door = listen(address, port, one_machine=local)
         self._courier, self._guests = Courier(self._node), Guests(self._node, listen(address, one_machine=local))
