@@ -79,6 +79,16 @@ def test_all_reduce_is_reduce_scatter_and_all_gather(size, moved):
     assert whole >= 2 * (size - 1) / size * moved / A100.node.bandwidth
 
 
+def test_groups_that_share_network_cards_lose_links():
+    """Two or four devices of a node's eight have the stated links; one alone, and all eight, have their own."""
+    own = A100.network.bandwidth * A100.network.efficiency
+    few = A100.changed(network={"shared": 0.4, "congestion": 0.0})
+    for stride, links in ((8, 1.0), (4, 0.4), (2, 0.4), (1, 8.0)):
+        expected = min(links * own, A100.node.bandwidth)
+        assert float(collectives.bandwidth(few, 64, stride)) == pytest.approx(expected)
+    assert float(collectives.bandwidth(few, 2, 1)) == A100.node.bandwidth
+
+
 def test_groups_of_one_are_free():
     for operation in (collectives.all_reduce, collectives.all_gather, collectives.broadcast):
         assert float(operation(A100, 1e9, 1, 1)) == 0

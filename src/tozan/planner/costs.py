@@ -212,12 +212,12 @@ def _hide(seconds: Floats, behind: Floats) -> Floats:
 
 
 def _optimizer(job: Job, c: Candidates) -> Floats:
-    """Seconds of clipping and AdamW, by bytes: state read and written, gradients read three times, weights written."""
+    """Seconds of clipping and AdamW, by bytes: state read and written, gradients read twice, weights written."""
     stack, host = job.stack, job.machine.host
     blocks, ends = stage_parameters(job, c)
     share = np.where(c.zero >= 1, c.dp * c.cp, 1)
     elements = (blocks + ends) / share
-    traffic = 2 * stack.optimizer_bytes + 3 * stack.gradient_bytes + stack.parameter_bytes + 4
+    traffic = 2 * stack.optimizer_bytes + 2 * stack.gradient_bytes + stack.parameter_bytes
     here = kernels.memory(job.machine.device, elements * traffic)
     moved = elements * (stack.gradient_bytes + stack.parameter_bytes) / host.bandwidth
     ram = moved + elements * traffic / host.memory_bandwidth

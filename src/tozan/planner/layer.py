@@ -180,7 +180,8 @@ def _elementwise(job: Job, c: Candidates) -> tuple[Floats, Floats, tuple[Floats,
     """Element-wise work by bytes moved: forward, backward, and that on the scores (forward, backward).
 
     Counted in units of the residual stream, tensors read plus written; a dropout mask is half a 16-bit tensor.
-    Outside tensor parallelism: 2 norms (read, write), 2 × dropout and residual. Inside: activation, q/k/v layout.
+    Outside tensor parallelism: 2 norms (read, write), 2 × dropout and residual. Inside: activation, q/k/v layout. Where
+    attention is not fused, its batched products read q, k and v in place, and only the context is copied forward.
     """
     shape, device, stack = job.shape, job.machine.device, job.stack
     n, item = tokens(job, c), job.item
@@ -192,7 +193,7 @@ def _elementwise(job: Job, c: Candidates) -> tuple[Floats, Floats, tuple[Floats,
     copies = 2 * (1 + 2 * shape.kv_width / shape.width) + 2
     loose = 0.0 if stack.fused else 1.0
     residual = 2 * (2 + 3 + mask) + loose * 2 * (2 + 2 + mask)
-    inside = (gates + 1) * inner + copies + loose * 2 * inner
+    inside = (gates + 1) * inner + (copies if stack.flash else 2) + loose * 2 * inner
     stream = n * shape.width * item
     forward = kernels.memory(device, stream * (outside * residual + inside / c.tp)) + (10 + 8 * loose) * device.launch
     residual_back = 2 * (4 + 2 + mask) + loose * 2 * (2 + mask)

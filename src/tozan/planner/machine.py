@@ -103,6 +103,9 @@ class Network(_Table):
     """Seconds of one message."""
     congestion: Annotated[float, Field(ge=0.0)] = 0.0
     """Loss of collective bandwidth for every doubling of the nodes: bandwidth / (1 + congestion × log2 nodes)."""
+    shared: Above | None = None
+    """Links that the rings of a group get if several, but not all, devices of a node belong to it, where devices share
+    network cards; left out: one for each of them."""
     dims: tuple[int, ...] = ()
     """Sizes of the torus."""
     links: Natural = 1

@@ -340,7 +340,7 @@ def _text(report: Report, details: list[str]) -> str:
             f"80% interval holds {share:.0%} of {count} {use} rows" + (" (bar: 75–85%)" if use == "public" else "")
         )
     lines.append(
-        f"rank order of layouts: Kendall τ {report.kendall:.2f} over pairs, {report.kendall_jobs:.2f} as the mean over "
+        f"rank order of layouts: Kendall τ {report.kendall:.3f} over pairs, {report.kendall_jobs:.3f} as the mean over "
         f"jobs (bar: 0.75); regret of the chosen layout {report.regret:.1%} (bar: 2%); {report.groups} jobs with ≥ 3 "
         "layouts"
     )
