@@ -38,21 +38,26 @@ def agent(config: Path, flags: tuple[str, ...]) -> None:
 
 @click.command(
     context_settings={"ignore_unknown_options": True},
-    epilog=examples("tozan chaos", "tozan chaos --faults 419 --seed 1", "tozan chaos --layout.zero 2"),
+    epilog=examples(
+        "tozan chaos", "tozan chaos --faults 419 --seed 1", "tozan chaos --hosts 2", "tozan chaos --layout.zero 2"
+    ),
 )
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[--TABLE.KEY VALUE]...")
 @click.option("--faults", type=click.IntRange(min=0), default=40, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the script of faults.")
-@click.option("--steps", type=click.IntRange(min=20), help="Of the training; without it, 50 for each fault.")
+@click.option(
+    "--steps", type=click.IntRange(min=20), help="Of the training; without it, 50 for each fault, 150 with hosts."
+)
+@click.option("--hosts", type=click.IntRange(min=1), default=1, show_default=True, help="Network namespaces; as root.")
 @click.option("--out", type=FOLDER, default="chaos", show_default=True, help="Folder for both runs and the report.")
-def chaos(flags: tuple[str, ...], faults: int, seed: int, steps: int | None, out: Path) -> None:
+def chaos(flags: tuple[str, ...], faults: int, seed: int, steps: int | None, hosts: int, out: Path) -> None:
     """Train a small model twice, in peace and under faults, and compare; exits with 1 if anything was lost.
 
     Processes are killed, stopped and slowed down in every phase, files cannot be written or are damaged, gradients are
-    not finite, connections drop: nobody intervenes, and the two must end with the same bits.
+    not finite, connections drop; with --hosts, cables are pulled. Nobody intervenes: the two must end with equal bits.
     """
     from tozan.chaos.run import chaos as compare
 
-    report = compare(out, faults, seed, steps, flags, click.echo)
+    report = compare(out, faults, seed, steps, hosts, flags, click.echo)
     click.echo(report.table())
     raise click.exceptions.Exit(0 if report.passed else 1)

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-import hosts
 import pytest
+
+from tozan.chaos import hosts
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 pytestmark = pytest.mark.skipif(not hosts.available(), reason="needs iproute2, and root to make network namespaces")

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import hosts
 import pytest
 
 from tozan import checkpoint
+from tozan.chaos import hosts
 from tozan.config import load
 from tozan.recovery.elastic import fitting
 from tozan.train import train

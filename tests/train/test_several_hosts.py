@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import hosts
 import pytest
 from tests.train.test_layouts import curves, write
 
 from tozan import checkpoint
+from tozan.chaos import hosts
 from tozan.comm.jobs import Job, script
 from tozan.comm.monitor import EXIT_LOST
 from tozan.config import load

@@ -6,7 +6,9 @@ import os
 import random
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 KINDS: dict[str, int] = {
@@ -35,21 +37,44 @@ KINDS: dict[str, int] = {
     "dropped connection": 5,
 }
 """Kinds of faults and how often each comes, relative to the others."""
+NETWORK: dict[str, int] = {
+    "half-open": 2,
+    "cable out": 2,
+    "agents' connection reset": 4,
+    "rank's connection reset": 6,
+    "cable out for a moment": 4,
+    "half-open for a moment": 4,
+    "slow link": 4,
+    "lossy link": 4,
+}
+"""Further kinds where the run has several hosts."""
 
 OUTSIDE = {
     *("kill from outside", "pause", "vanished folder", "truncated checkpoint", "flipped checkpoint bit"),
     *("damaged checkpoint, memory lost", "damaged shard"),
+    *NETWORK,
 }
 """Kinds that are done to a rank or its files from another process."""
 GRADIENTS = {"nan gradient", "inf gradient", "flipped gradient bit"}
 MEMORY_BITS = {"flipped weight bit", "flipped optimizer bit"}
 REDONE = GRADIENTS | MEMORY_BITS
 """Kinds after which the step is taken once more, without a restart."""
-HARMLESS = {"pause", "slow rank"} | REDONE
+HARMLESS = {
+    "pause",
+    "slow rank",
+    "cable out for a moment",
+    "half-open for a moment",
+    "slow link",
+    "lossy link",
+} | REDONE
 """Kinds after which nothing needs to be restarted."""
 MEMORY_LOST = {"damaged checkpoint, memory lost"}
 """Kinds that stand for the loss of a node and all its memory: these may cost more than one step."""
-_AT_SAVES = {"kill in a save", "no space", "device error", "read-only folder"}
+NODE_LOST = {"cable out", "half-open"}
+"""Kinds after which a node is given up, and its neighbour's copies are used: these may cost more than one step too."""
+DISK = {"no space", "read-only folder"}
+"""Kinds that are done to a disk, if the checkpoints have one of their own; else a rank's calls fail."""
+_AT_SAVES = {"kill in a save", "device error"} | DISK
 _PHASES = ("data", "forward", "backward", "optimizer")
 
 
@@ -83,7 +108,9 @@ class Fault:
         return asdict(self)
 
 
-def write(seed: int, count: int, steps: int, ranks: int, every: int) -> list[Fault]:
+def write(
+    seed: int, count: int, steps: int, ranks: int, every: int, kinds: Mapping[str, int] = KINDS, disk: bool = False
+) -> list[Fault]:
     """A script of `count` faults, spread over the steps 2 … steps - 1; each kind that there is room for comes.
 
     Args:
@@ -92,26 +119,28 @@ def write(seed: int, count: int, steps: int, ranks: int, every: int) -> list[Fau
         steps: of the run; at least twice as many.
         ranks: of the run.
         every: steps between checkpoints.
+        kinds: that may come, and how often; those first named come first where there is no room for all.
+        disk: the checkpoints have a disk of their own.
     """
     chance = random.Random(seed)
-    kinds = list(KINDS)[:count]
-    kinds += chance.choices(list(KINDS), list(KINDS.values()), k=count - len(kinds))
-    chance.shuffle(kinds)
+    chosen = list(kinds)[:count]
+    chosen += chance.choices(list(kinds), list(kinds.values()), k=count - len(chosen))
+    chance.shuffle(chosen)
     script = []
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(chosen):
         step = 2 + int((number + 0.8 * chance.random()) * (steps - 3) / count)
-        point, arrival, delay = _place(kind, chance)
-        if kind in _AT_SAVES:
-            step = min(steps, -(-step // every) * every)
+        point, arrival, delay = _place(kind, chance, disk)
+        if kind in _AT_SAVES:  # a disk is spoiled just before the save
+            step = min(steps, -(-step // every) * every) - 2 * (point == "outside")
         # Files are rank 0's in any layout; other ranks may write some.
         rank = 0 if point == "file" else chance.randrange(ranks)
         script.append(Fault(number, kind, step, rank, point, arrival, delay, chance.random()))
     return sorted(script, key=lambda fault: (fault.step, fault.number))
 
 
-def _place(kind: str, chance: random.Random) -> tuple[str, int, float]:
+def _place(kind: str, chance: random.Random, disk: bool) -> tuple[str, int, float]:
     """(point, arrival, delay) for a kind."""
-    if kind in OUTSIDE:
+    if kind in OUTSIDE or (disk and kind in DISK):
         return "outside", 1, chance.uniform(0, 0.01)
     if kind in _AT_SAVES:
         return "file", chance.randint(1, 24), 0.0
@@ -129,29 +158,38 @@ def _place(kind: str, chance: random.Random) -> tuple[str, int, float]:
 
 
 class Marks:
-    """Which faults have happened and when, in memory that outlives the ranks.
+    """Which faults have happened and when, and where the ranks are, in a file that outlives them.
 
     Args:
-        descriptor: of a file of 16 bytes per fault: when, in ns of the monotonic clock, and in which step.
+        path: of the file: 16 bytes per fault (when, in ns of the monotonic clock, and in which step), then 16 per rank
+            (process id, and the step that it has begun last).
+        faults: of the script.
     """
 
     _FORM = struct.Struct("<QQ")
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    @classmethod
-    def create(cls, count: int) -> Marks:
-        """For `count` faults, none of which has happened."""
-        descriptor = os.memfd_create("tozan faults", 0)
-        os.ftruncate(descriptor, cls._FORM.size * count)
-        return cls(descriptor)
+    def __init__(self, path: Path, faults: int) -> None:
+        self.path, self._faults = path, faults
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def set(self, number: int, step: int) -> None:
         """Note that a fault happens now."""
-        os.pwrite(self.descriptor, self._FORM.pack(time.monotonic_ns(), step), number * self._FORM.size)
+        os.pwrite(self._file, self._FORM.pack(time.monotonic_ns(), step), number * self._FORM.size)
 
     def get(self, number: int) -> tuple[int, int]:
         """(when, in which step); zeros if it has not happened."""
-        when, step = self._FORM.unpack(os.pread(self.descriptor, self._FORM.size, number * self._FORM.size))
+        packed = os.pread(self._file, self._FORM.size, number * self._FORM.size)
+        when, step = self._FORM.unpack(packed.ljust(self._FORM.size, b"\0"))
         return when, step
+
+    def begin(self, rank: int, step: int) -> None:
+        """Note that this process is a rank and begins a step; 0: its first is still to come."""
+        os.pwrite(self._file, self._FORM.pack(os.getpid(), step), (self._faults + rank) * self._FORM.size)
+
+    def rank(self, rank: int) -> tuple[int, int]:
+        """(process id, step begun last) of a rank; zeros if there has been none."""
+        return self.get(self._faults + rank)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)

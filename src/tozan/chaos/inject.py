@@ -39,9 +39,10 @@ def install() -> None:
     """Arm this process with the script that TOZAN_CHAOS names; called before the run is assembled."""
     told, agent = json.loads(os.environ["TOZAN_CHAOS"]), json.loads(os.environ["TOZAN_AGENT"])
     faults = [Fault(**words) for words in json.loads(Path(told["script"]).read_text())]
-    rank, marks = int(os.environ["RANK"]), Marks(told["marks"])
+    rank, marks = int(os.environ["RANK"]), Marks(Path(told["marks"]), len(faults))
+    marks.begin(rank, 0)
     mine = [f for f in faults if f.rank == rank and f.point != "outside" and not marks.get(f.number)[0]]
-    injector = Injector(mine, marks)
+    injector = Injector(mine, marks, rank)
     injector.restarted(agent["resume"])
     wrap(injector)
 
@@ -52,10 +53,11 @@ class Injector:
     Args:
         faults: of this rank that have not happened yet, by step.
         marks: where to note those that do.
+        rank: this one.
     """
 
-    def __init__(self, faults: list[Fault], marks: Marks) -> None:
-        self.step, self.run, self._marks = 0, None, marks
+    def __init__(self, faults: list[Fault], marks: Marks, rank: int) -> None:
+        self.step, self.run, self._marks, self._rank = 0, None, marks, rank
         self._steps = 0
         self._waiting = faults
         self._arrivals: Counter[int] = Counter()
@@ -71,6 +73,7 @@ class Injector:
     def begin(self, step: int) -> None:
         """A step begins."""
         self.step = step
+        self._marks.begin(self._rank, step)
         self._steps += 1
 
     def reach(self, point: str) -> None:

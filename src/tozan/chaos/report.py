@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tozan.chaos.faults import HARMLESS, MEMORY_LOST, REDONE, Fault
+from tozan.chaos.faults import HARMLESS, MEMORY_LOST, NODE_LOST, REDONE, Fault
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Outcome:
         detected: seconds until the agent knew of a loss; None if nothing was lost by it.
         lost: steps that were begun and had to be done again, the interrupted one included.
         recovery: seconds from knowing to the first step of the next generation.
+        noticed: what the agent said was lost.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Outcome:
     detected: float | None = None
     lost: int = 0
     recovery: float | None = None
+    noticed: str = ""
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Report:
         generations: how often the ranks were started.
         seconds: of the run in peace, and of the other.
         differences: what the two runs do not have in common, or what else went wrong.
+        notes: how the faults were made.
     """
 
     outcomes: list[Outcome]
@@ -52,6 +55,7 @@ class Report:
     generations: int
     seconds: tuple[float, float]
     differences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @staticmethod
     def make(
@@ -87,6 +91,9 @@ class Report:
                 since = event["at"]
                 if culprit and culprit.detected is None:
                     culprit.detected = (event["at"] - fired[culprit.number][0]) / 1e9
+                    culprit.noticed = event["what"]
+            elif event["event"] == "grows":
+                culprit = None
             elif event["event"] == "resumed":
                 lost += event["lost"]
                 if culprit:
@@ -102,7 +109,7 @@ class Report:
         report.differences += [
             f"fault {o.number} ({o.kind}) in step {o.step} cost {o.lost} steps"
             for o in report.outcomes
-            if o.lost > 1 and o.kind not in MEMORY_LOST
+            if o.lost > 1 and o.kind not in MEMORY_LOST | NODE_LOST
         ]
         return report
 
@@ -117,21 +124,25 @@ class Report:
         return not self.differences and self.useful >= 0.97
 
     def table(self) -> str:
-        """By kind: faults, how soon known, steps lost, seconds to recover."""
-        lines = [f"{'kind':<34}{'faults':>7}{'known after':>13}{'steps lost':>12}{'recovered in':>14}"]
+        """By kind: faults, how soon known and by what most often, steps lost, seconds to recover."""
+        titles = f"{'kind':<34}{'faults':>7}{'known after':>13}{'steps lost':>12}{'recovered in':>14}"
+        lines = [f"{titles}  noticed, mostly"]
         for kind, count in sorted(Counter(o.kind for o in self.outcomes).items()):
             mine = [o for o in self.outcomes if o.kind == kind]
             detected = [o.detected for o in mine if o.detected is not None]
             recovery = [o.recovery for o in mine if o.recovery is not None]
             known = f"{median(detected):.3f} s" if detected else "-"
             took = f"{median(recovery):.2f} s" if recovery else "-"
-            lines.append(f"{kind:<34}{count:>7}{known:>13}{sum(o.lost for o in mine):>12}{took:>14}")
+            how = Counter(o.noticed for o in mine if o.noticed).most_common(1)
+            figures = f"{count:>7}{known:>13}{sum(o.lost for o in mine):>12}{took:>14}"
+            lines.append(f"{kind:<34}{figures}  {how[0][0] if how else '-'}")
         peace, hurt = self.seconds
         lines += [
             "",
             f"{len(self.outcomes)} faults over {self.steps:,} steps, {self.generations - 1} restarts, 0 manual actions",
             f"{self.lost} steps done again: {self.useful:.1%} of the steps were useful",
             f"{peace:.0f} s in peace, {hurt:.0f} s under faults",
+            *self.notes,
         ]
         if self.differences:
             lines += [f"{len(self.differences)} differences:", *(f"  {text[:300]}" for text in self.differences[:20])]

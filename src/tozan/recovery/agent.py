@@ -83,7 +83,6 @@ class Agent:
         policy: how losses are met.
         on_event: is told what happens, as `{"event": ..., "generation": ..., ...}`.
         environment: further variables of every rank.
-        inherit: further file descriptors of every rank.
         output: file for what ranks print; None: where the agent prints.
 
     Attributes:
@@ -101,11 +100,10 @@ class Agent:
         policy: Policy,
         on_event: Callable[[dict[str, Any]], None] = lambda _: None,
         environment: dict[str, str] | None = None,
-        inherit: tuple[int, ...] = (),
         output: Path | None = None,
     ) -> None:
         self.words, self.policy, self._shape_for = list(words), policy, functools.cache(shape)
-        self.node = Node(inherit, output)
+        self.node = Node(output)
         self.crew = Crew(self.node, ranks)
         self.reached = 0
         self.on_event, self._environment = on_event, dict(environment or {})
@@ -146,6 +144,7 @@ class Agent:
     def _arrange(self, number: int) -> int:
         """Choose the layout for the nodes that are here; returns how many generations it took to rescue the state."""
         self._growing = False
+        self.crew.wait_for_return()
         old, new = self._shape, self._fitting()
         self._shape = new
         if old is None or new == old:
@@ -238,8 +237,11 @@ class Agent:
         if first is None and statuses <= {EXIT_AGAIN, _INTERRUPTED} and self._asked is not None:
             return _INTERRUPTED if self._asked == signal.SIGINT else EXIT_AGAIN
         self._lost_at = self._lost_at or time.monotonic()
-        what = str(first) if first else "a node has come" if self._growing else "asked to stop, but not by the agent"
-        self._tell("lost", generation.number, what=what, step=self.reached, started=generation.begun)
+        if first is None and self._growing:
+            self._tell("grows", generation.number, step=self.reached)
+        else:
+            what = str(first or "asked to stop, but not by the agent")
+            self._tell("lost", generation.number, what=what, step=self.reached, started=generation.begun)
         if generation.number == 1 and not generation.begun and first is not None and first.status == _USER_ERROR:
             return _USER_ERROR  # a mistake in the config does not go away
         before, self._counted = self._counted, self.reached

@@ -16,6 +16,9 @@ from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
 from tozan.recovery.remote import BEAT, Remote, Wire
 
+_RETURN = 3.0
+"""Seconds in which a node whose connection was closed may connect again; from one that fell silent nothing is hoped."""
+
 
 class Member(Protocol):
     """What `Node` and `Remote` have in common."""
@@ -53,6 +56,7 @@ class Crew:
         self._courier: Courier | None = None
         self._guests: Guests | None = None
         self._dead: list[Member] = []
+        self._closed = False
 
     def listen(self, address: str, port: int, nodes: int, patience: float) -> None:
         """Open the door for other nodes, and wait for them.
@@ -99,8 +103,16 @@ class Crew:
             if remote.gone:
                 self._remotes.remove(remote)
                 self._dead.append(remote)
+                self._closed = not remote.silent
                 happened.append(Event("node", -1, number))
         return happened
+
+    def wait_for_return(self) -> None:
+        """Where a connection was closed, its node may still be there, with all copies: wait a little for it."""
+        end = time.monotonic() + _RETURN
+        while self._closed and len(self._members()) < self._counted and time.monotonic() < end:
+            self.poll(BEAT)
+        self._closed = False
 
     def dead(self, member: Member) -> bool:
         """Whether a node, or its fork server, has ended since ranks were last placed."""

@@ -76,7 +76,6 @@ class Node:
     """Starts and watches the ranks of this machine.
 
     Args:
-        inherit: further file descriptors that ranks inherit.
         output: file for what ranks print; None: where this process prints.
 
     Attributes:
@@ -84,10 +83,10 @@ class Node:
         processes: process id of every running rank; -1 is the store's.
     """
 
-    def __init__(self, inherit: tuple[int, ...] = (), output: Path | None = None) -> None:
+    def __init__(self, output: Path | None = None) -> None:
         self.memories: dict[int, Memory] = {}
         self.processes: dict[int, int] = {}
-        self._inherit, self._output = inherit, output
+        self._output = output
         self._events: deque[Event] = deque()
         self._port = 0
         self._start_server()
@@ -188,7 +187,7 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(theirs.fileno(), *self._inherit),
+                pass_fds=(theirs.fileno(),),
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,
             )

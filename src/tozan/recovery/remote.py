@@ -69,10 +69,14 @@ class Remote:
     Args:
         wire: to its follower.
         hello: what the follower said first.
+
+    Attributes:
+        gone: there is no connection any more.
+        silent: because nothing was heard, not because it was closed.
     """
 
     def __init__(self, wire: Wire, hello: dict[str, Any]) -> None:
-        self.wire, self.gone = wire, False
+        self.wire, self.gone, self.silent = wire, False, False
         self.guests: tuple[str, int] = (wire.socket.getpeername()[0], hello["guests"])
         self.processes: dict[int, int] = {}
         self._begun: dict[int, tuple[int, int]] = {}
@@ -152,8 +156,8 @@ class Remote:
             return
         try:
             messages = self.wire.hear()
-        except OSError:
-            self.gone = True
+        except OSError as error:
+            self.gone, self.silent = True, isinstance(error, TimeoutError)
             return
         for said in messages:
             if "begun" in said and said["starts"] == self._starts:

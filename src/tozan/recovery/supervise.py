@@ -96,6 +96,8 @@ def note(log: Path, event: dict[str, Any]) -> None:
             f"generation {event['generation']} continues after step {event['step']} from {event['source']}, "
             f"{event['lost']} steps lost, {event['seconds']:.1f} s"
         )
+    elif event["event"] == "grows":
+        text = f"a node has come, in step {event['step']}"
     elif event["event"] == "layout":
         text = f"goes on with {event['ranks']} ranks {' '.join(event['flags'])}"
     else:

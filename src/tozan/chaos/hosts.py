@@ -3,10 +3,13 @@
     with hosts.several(2) as (first, second):
         process = first.start([sys.executable, "worker.py"], MASTER_ADDR=first.name)
         second.unplug()                       # the link goes down: its connections are half open from now on
+        second.plug()
+        second.mute(first)                    # what second sends to first is lost on the way, and nobody is told
 
 Each host has its own host name (UTS namespace), an interface `eth0` beside `lo`, and an /etc/hosts as Debian writes
 it: its own name is 127.0.1.1 there, the others' names are their addresses. The bridge lies in a namespace of its own,
-so the machine's network is left as it is. Files and processes are the machine's. Needs root and iproute2.
+so the machine's network is left as it is. Files and processes are the machine's. Needs root and iproute2; no rule of a
+firewall and no netem, which small kernels lack.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,7 @@ INTERFACE = "eth0"
 _ADDRESS = "192.168.213.{}"
 """Above 127.0.0.1: with addresses below it (10.…) gloo was seen to connect although a rank listened on its loopback
 address by mistake; with these it does not."""
+_NOBODY = "02:00:00:00:00:00"
 _ETC = Path("/etc/netns")
 _OPEN, _LISTEN = "01", "0A"
 _CONNECT = """
@@ -43,8 +47,8 @@ _HOSTNAME = 'hostname "$0" && exec "$@"'
 
 
 def available() -> bool:
-    """Whether namespaces can be made here; tests skip otherwise, and fail where everything is required."""
-    if os.geteuid() or not all(shutil.which(tool) for tool in ("ip", "unshare", "hostname")):
+    """Whether namespaces can be made here."""
+    if os.geteuid() or not all(shutil.which(tool) for tool in ("ip", "tc", "ss", "unshare", "hostname")):
         return False
     space = _space()
     made = subprocess.run(["ip", "netns", "add", space], capture_output=True).returncode == 0
@@ -72,15 +76,16 @@ class Host:
         inside = ["unshare", "--uts", "sh", "-c", _HOSTNAME, self.name, *map(str, words)]
         return ["ip", "netns", "exec", self.space, *inside]
 
-    def start(self, words: Sequence[str], **variables: object) -> subprocess.Popen[str]:
-        """Start a command here; its output and its errors are read from the pipes of the result."""
-        return subprocess.Popen(
-            self.command(words),
-            env=os.environ | {name: str(value) for name, value in variables.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, words: Sequence[str], output: Path | None = None, **variables: object) -> subprocess.Popen[str]:
+        """Start a command here; what it prints goes to a file, or is read from the pipes of the result."""
+        with output.open("ab") if output else nullcontext(subprocess.PIPE) as where:
+            return subprocess.Popen(
+                self.command(words),
+                env=os.environ | {name: str(value) for name, value in variables.items()},
+                stdout=where,
+                stderr=where,
+                text=True,
+            )
 
     def unplug(self) -> None:
         """Take the link down: packets vanish both ways and nobody is told."""
@@ -121,6 +126,35 @@ class Host:
         )
         return set(map(int, done.stdout.split()))
 
+    def mute(self, other: Host) -> None:
+        """Send everything for another host to a card that nobody has: lost one way, while answers still come."""
+        _ip("-n", self.space, "neighbour", "replace", other.address, "lladdr", _NOBODY, "dev", INTERFACE)
+
+    def unmute(self, other: Host) -> None:
+        """Find the other host's card again."""
+        _ip("-n", self.space, "neighbour", "delete", other.address, "dev", INTERFACE)
+
+    def throttle(self, rate: str, queue: str) -> None:
+        """Let the link send no more than `rate` (as `8mbit`); what does not fit into its queue (as `64kb`) is lost."""
+        words = ["root", "tbf", "rate", rate, "burst", "4kb", "limit", queue]
+        _run("tc", "-n", self.space, "qdisc", "replace", "dev", INTERFACE, *words)
+
+    def unthrottle(self) -> int:
+        """Undo `throttle`; returns how many packets were lost."""
+        shown = _run("tc", "-n", self.space, "-s", "qdisc", "show", "dev", INTERFACE, "root")
+        _run("tc", "-n", self.space, "qdisc", "delete", "dev", INTERFACE, "root")
+        return int(shown.partition("dropped ")[2].partition(",")[0])
+
+    def connections(self, process: int) -> list[tuple[str, str]]:
+        """A process's TCP connections to other hosts, as (own end, other end)."""
+        lines = _run("ip", "netns", "exec", self.space, "ss", "-Htnp", "state", "established").splitlines()
+        ends = [tuple(line.split()[2:4]) for line in lines if f"pid={process}," in line]
+        return [(mine, theirs) for mine, theirs in ends if not theirs.startswith(("127.", self.address + ":"))]
+
+    def reset(self, condition: str) -> int:
+        """Reset the TCP connections that a filter of `ss` selects, at both ends; returns how many there were."""
+        return len(_run("ip", "netns", "exec", self.space, "ss", "-HKtn", *condition.split()).splitlines())
+
     def processes(self) -> list[int]:
         """All processes of this host."""
         return [int(word) for word in _ip("netns", "pids", self.space).split()]
@@ -156,9 +190,13 @@ def _space() -> str:
 
 
 def _ip(*words: str) -> str:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    return _run("ip", *words)
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
     return done.stdout
 
 
