@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -58,6 +60,7 @@ def chaos(flags: tuple[str, ...], faults: int, seed: int, steps: int | None, hos
     """
     from tozan.chaos.run import chaos as compare
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without taking hosts and mounts away
     report = compare(out, faults, seed, steps, hosts, flags, click.echo)
     click.echo(report.table())
     raise click.exceptions.Exit(0 if report.passed else 1)

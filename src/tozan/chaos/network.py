@@ -106,17 +106,18 @@ def resettable(host: Host) -> bool:
     """Whether this kernel lets connections be reset (`ss --kill`, CONFIG_INET_DIAG_DESTROY)."""
     words = [sys.executable, "-c", _PAIR]
     with host.start(words) as pair:
-        assert pair.stdout is not None
-        pair.stdout.readline()
-        killed = host.reset("dst 127.0.0.1")
-        pair.communicate()
-    return killed > 0
+        try:
+            assert pair.stdout is not None
+            pair.stdout.readline()
+            return host.reset("dst 127.0.0.1") > 0
+        finally:
+            pair.kill()
 
 
 _PAIR = """
-import socket, time
+import signal, socket
 listening = socket.create_server(("0.0.0.0", 0))
 there = socket.create_connection(listening.getsockname())
 print(flush=True)
-time.sleep(0.5)
+signal.pause()
 """
