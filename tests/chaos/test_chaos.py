@@ -127,5 +127,5 @@ def test_two_hosts_whose_network_fails_end_with_the_same_bits(tmp_path):
     assert set(outcomes) == set(faults.NETWORK)
     assert all("node 1 is gone" in outcomes[kind].noticed for kind in faults.NODE_LOST)
     assert not any(outcomes[kind].noticed for kind in faults.HARMLESS & set(outcomes))
-    assert outcomes["rank's connection reset"].noticed
+    assert outcomes["rank's connections reset"].noticed
     assert outcomes["agents' connection reset"].noticed

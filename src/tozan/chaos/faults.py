@@ -41,7 +41,7 @@ NETWORK: dict[str, int] = {
     "half-open": 2,
     "cable out": 2,
     "agents' connection reset": 4,
-    "rank's connection reset": 6,
+    "rank's connections reset": 6,
     "cable out for a moment": 4,
     "half-open for a moment": 4,
     "slow link": 4,

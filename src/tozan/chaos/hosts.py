@@ -149,7 +149,7 @@ class Host:
         """A process's TCP connections to other hosts, as (own end, other end)."""
         lines = _run("ip", "netns", "exec", self.space, "ss", "-Htnp", "state", "established").splitlines()
         ends = [tuple(line.split()[2:4]) for line in lines if f"pid={process}," in line]
-        return [(mine, theirs) for mine, theirs in ends if not theirs.startswith(("127.", self.address + ":"))]
+        return [(mine, theirs) for mine, theirs in ends if "127.0." not in theirs]
 
     def reset(self, condition: str) -> int:
         """Reset the TCP connections that a filter of `ss` selects, at both ends; returns how many there were."""

@@ -29,7 +29,7 @@ class Network:
 
     def kinds(self) -> dict[str, int]:
         """Kinds of faults that this kernel can make, and how often each comes."""
-        without = set() if resettable(self.hosts[0]) else {"agents' connection reset", "rank's connection reset"}
+        without = set() if resettable(self.hosts[0]) else {"agents' connection reset", "rank's connections reset"}
         every = NETWORK | KINDS
         return {kind: weight for kind, weight in every.items() if kind not in without | MEMORY_LOST}
 
@@ -63,8 +63,8 @@ class Network:
         moment = _MOMENT + fault.chance
         sender, receiver = (leader, host) if fault.number % 2 else (host, leader)
         lasting = fault.kind in ("cable out", "half-open")
-        if fault.kind == "rank's connection reset":
-            self._reset_rank(fault, process, mark)
+        if fault.kind == "rank's connections reset":
+            self._reset_rank(process, mark)
         elif fault.kind == "agents' connection reset":
             mark()
             host.reset(f"dport = :{PORT} dst {leader.address}")
@@ -84,13 +84,16 @@ class Network:
             resumed(_LONG) if lasting else time.sleep(moment)
             host.plug()
 
-    def _reset_rank(self, fault: Fault, process: int, mark: Callable[[], None]) -> None:
-        """One of the connections between a rank and other hosts is reset, as by a firewall that has lost its table."""
+    def _reset_rank(self, process: int, mark: Callable[[], None]) -> None:
+        """All connections between a rank and other hosts are reset, as by a firewall that has lost its table.
+
+        One alone may be of a group that is idle, and is then missed by nobody.
+        """
         for host in self.hosts:
-            found = sorted(host.connections(process))
+            found = host.connections(process)
             if found:
-                mine, theirs = found[int(fault.chance * len(found))]
                 mark()
+            for mine, theirs in found:
                 host.reset(f"src {mine} dst {theirs}")
 
     def _start(
