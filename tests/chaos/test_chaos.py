@@ -121,7 +121,7 @@ def test_forty_faults_of_all_kinds_change_no_bit(tmp_path):
 @pytest.mark.skipif(not hosts.available(), reason="needs root and iproute2")
 @pytest.mark.timeout(600)
 def test_two_hosts_whose_network_fails_end_with_the_same_bits(tmp_path):
-    report = chaos(tmp_path / "chaos", 8, 1, None, 2, [], print)
+    report = chaos(tmp_path / "chaos", 8, 1, 300, 2, [], print)
     assert report.passed, report.table() + (tmp_path / "chaos" / "hurt.log").read_text()[-5000:]
     outcomes = {o.kind: o for o in report.outcomes}
     assert set(outcomes) == set(faults.NETWORK)

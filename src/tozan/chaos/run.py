@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ dropout = 0.1
 path = "{data}"
 [layout]
 data = 2
-timeout = 30
+timeout = 10
 [train]
 steps = {steps}
 global_batch = 4
@@ -129,12 +129,12 @@ def _train_twice(task: Task, count: int, seed: int, steps: int, say: Callable[[s
     config = load(task.write_config("peace", steps), task.flags).config
     ranks = config.layout.processes
     say(f"{steps:,} steps on {ranks} ranks{f' and {len(network.hosts)} hosts' if network else ''}, in peace")
-    status, peace, _ = train(task, "peace", steps, ranks)
+    with _disk(task, "peace"):
+        status, peace, _ = train(task, "peace", steps, ranks)
     if status:
         raise UserError(Problem(str(out), f"the peaceful run ended with {status}", f"see {out}/peace.log"))
     say(f"  {peace:.0f} s; now with {count} faults")
-    # Of several hosts each sees its own mounts.
-    with mounted(out / "hurt" / "checkpoints") if network is None else nullcontext() as disk:
+    with _disk(task, "hurt") as disk:
         kinds = network.kinds() if network else script.KINDS
         plan = script.write(seed, count, steps, ranks, config.checkpoint.every, kinds, disk is not None)
         (out / "script.json").write_text(json.dumps([fault.words() for fault in plan], indent=1))
@@ -151,6 +151,11 @@ def _train_twice(task: Task, count: int, seed: int, steps: int, say: Callable[[s
     report.notes.append(DISKS[disk is not None])
     report.write(out)
     return report
+
+
+def _disk(task: Task, name: str) -> AbstractContextManager[Disk | None]:
+    """The disk of a run's checkpoints; hosts would each see another one."""
+    return nullcontext() if task.network else mounted(task.out / name / "checkpoints")
 
 
 def train(
