@@ -123,7 +123,7 @@ def seed_dropout(run: Run, number: int) -> None:
     """Make the dropout masks of a micro-batch depend on the seed and its samples only."""
     if run.shape.dropout:
         # `torch.manual_seed` also notes a stack trace for every kind of device that is not there: 100 times slower.
-        seed = torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed
+        seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
         seed(run.config.train.seed * 1_000_003 + first_sample(run, number))
 
 
