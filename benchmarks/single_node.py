@@ -43,6 +43,7 @@ def tozan_run(folder: Path, options: argparse.Namespace) -> Run:
         f"--train.precision={options.precision}",
         f"--train.compile={str(options.compile).lower()}",
         f"--train.threads={options.threads}",
+        f"--train.kernels={options.kernels}",
     ]
     return assemble(load(None, ["--version=1", *flags]))
 
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--kernels", choices=["auto", "plain"], default="auto", help="on tozan's side")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--newcomer", action="store_true", help="also measure the peer with the allocator untouched")
     parser.add_argument("--only-peer", action="store_true", help=argparse.SUPPRESS)

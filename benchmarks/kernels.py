@@ -1,0 +1,90 @@
+"""Compiled kernels beside plain PyTorch, alternating; then what of a step is no matrix product.
+
+    python benchmarks/kernels.py                   # each operation, one thread: seconds
+    python benchmarks/kernels.py --step            # and torch's profiler over a step of GPT-2 124M, with and without
+
+Operations are timed by the CPU time of their thread, the least of many counts: a loaded machine disturbs that little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from single_node import tozan_run, tozan_step
+
+from tozan.ops import attention, cross_entropy, gelu, native, swiglu
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+
+
+def compare(name: str, work: Callable[[], object], repeats: int = 15) -> None:
+    """Prints the milliseconds of both and their ratio."""
+    best = {"plain": float("inf"), "auto": float("inf")}
+    for number in range(repeats):
+        for choice in sorted(best, reverse=number % 2 == 1):
+            native.choose(choice)  # type: ignore[arg-type]
+            start = time.thread_time()
+            work()
+            best[choice] = min(best[choice], time.thread_time() - start)
+    plain, compiled = best["plain"] * 1e3, best["auto"] * 1e3
+    print(f"{name:44} {plain:8.2f} ms {compiled:8.2f} ms {plain / compiled:6.2f}×", flush=True)
+
+
+def operations() -> None:
+    """GPT-2 124M's shapes, 512 tokens of them, in bf16."""
+    torch.manual_seed(0)
+    x, up, dy = (torch.randn(512, 3072).bfloat16().requires_grad_() for _ in range(3))
+    with torch.no_grad():
+        compare("GELU", lambda: gelu(x))
+        compare("SwiGLU", lambda: swiglu(x, up))
+    compare("GELU and its gradient", lambda: torch.autograd.grad(gelu(x), x, dy))
+    compare("SwiGLU and its gradients", lambda: torch.autograd.grad(swiglu(x, up), (x, up), dy))
+    logits = torch.randn(64, 50_304).bfloat16()
+    targets, loss, gradient = torch.randint(0, 50_304, (64,)), torch.empty(64), torch.empty_like(logits)
+    compare("cross-entropy and its gradient", lambda: cross_entropy._losses(logits, targets, loss, gradient))
+    for first in (0, 256, 512, 768):
+        q, k = torch.randn(12, 1, 256, 64).bfloat16(), torch.randn(12, first + 256, 64).bfloat16()
+        compare(
+            f"scores and softmax, queries from {first}", lambda q=q, k=k, n=first: attention._probabilities(q, k, n)
+        )
+
+
+def profile(choice: native.Choice, step: Callable[[], int]) -> None:
+    """Prints what share of a step is no matrix product, and where it goes."""
+    native.choose(choice)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    rows = sorted(((event.self_cpu_time_total / 1e3, event.key) for event in found.key_averages()), reverse=True)
+    total = sum(took for took, _ in rows)
+    others = [(took, name) for took, name in rows if name not in PRODUCTS]
+    print(f"\nkernels {choice}: {total:.0f} ms, {sum(took for took, _ in others) / total:.1%} no product")
+    for took, name in others[:14]:
+        print(f"{took:9.1f} ms {took / total:6.1%} {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", action="store_true", help="also profile whole steps")
+    parser.add_argument("--preset", default="gpt2-124m")
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{native.status()}\n{'':44} {'plain':>11} {'compiled':>11}")
+    operations()
+    if options.step:
+        options.precision, options.compile, options.kernels = "bf16", False, "auto"
+        with tempfile.TemporaryDirectory() as folder:
+            step = tozan_step(tozan_run(Path(folder), options))
+            profile("plain", step)
+            profile("auto", step)
+
+
+if __name__ == "__main__":
+    main()
