@@ -9,7 +9,7 @@ from made_ranks import make_collectives, make_gemm, make_plan, make_scaling
 from made_run import make_run
 
 import tozan
-from tozan.bench.result import read
+from tozan.bench.result import Peak, read
 from tozan.errors import UserError
 from tozan.report import bench_page, kind_of, plan_page
 from tozan.report.figures import kernels, scaling
@@ -58,12 +58,14 @@ def test_scaling_is_held_against_ideal_and_prediction(tmp_path):
 
 def test_the_talks_table_is_reproduced_from_its_numbers():
     """1.3B on Fugaku, page "FLOPs Achieved": 4,096 CPUs at 0.41 TFLOP/s each are 7% of 6.144 TFLOP/s."""
-    point = scaling.Point(4096, 1024, 4, 1.0, 1.0, 1.0, 1.0, 0.41e12 * 4096, None, {})
-    (row,) = scaling.talk_table([point], 6.144e12)
+    point = scaling.Point(
+        4096, 1024, 4, 1.0, 1.0, 1.0, 1.0, 0.41e12 * 4096, None, {}, Peak(measured=4.1e12, nominal=6.144e12)
+    )
+    (row,) = scaling.talk_table([point])
     assert row[:3] == ("4,096", "1,024", "4")
-    assert (row[3], row[4]) == ("0.41", "6.67%")
-    assert float(row[5]) == pytest.approx(1.640 * 1.024, rel=2e-3), "the talk divides by 1,024"
-    assert float(row[6]) == pytest.approx(11.97 * 1.024, rel=5e-3)
+    assert row[3:6] == ("0.41", "6.67%", "10%")
+    assert float(row[6]) == pytest.approx(1.640 * 1.024, rel=2e-3), "the talk divides by 1,024"
+    assert float(row[7]) == pytest.approx(11.97 * 1.024, rel=5e-3)
 
 
 def test_a_folder_shows_the_newest_of_each_kind(tmp_path):

@@ -21,7 +21,7 @@ from tozan.bench import backends, collectives, hardware, measure, problems
 from tozan.bench.hardware import Hardware
 from tozan.bench.problems import Measured
 from tozan.bench.ranks import group, spawn
-from tozan.bench.result import Peak, Result, Row
+from tozan.bench.result import Result, Row
 from tozan.comm import Axis, Mesh, jobs, place
 from tozan.comm.collectives import barrier
 from tozan.errors import UserError
@@ -47,7 +47,11 @@ def run(seconds: float = 0.15) -> Result:
     routes = [one.name for one in seen.interfaces if one.up and any("." in address for address in one.addresses)]
     talked = spawn(backends.RANKS, _talk, routes, seen.shared_memory >= 4 * BUFFER)
     rows += _talk_rows(talked["routes"])
-    rates = {name: Peak(measured=rate) for (name, threads), rate in measured.gemm.items() if threads == seen.affinity}
+    rates = {
+        name: measure.peak(name, rate, threads)
+        for (name, threads), rate in measured.gemm.items()
+        if threads == seen.affinity
+    }
     facts = {"hardware": asdict(seen), "launcher": where, "process": _process(measured)}
     return measure.made(
         "doctor",

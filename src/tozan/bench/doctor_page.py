@@ -112,11 +112,13 @@ def _products(result: Result) -> Table:
     rows = [row for row in result.rows if row.name.startswith("matrix product")]
     threads = sorted({row["threads"] for row in rows})
     rates = {(row["precision"], row["threads"]): row.median for row in rows}
-    lines = [
-        (name, *(scaled(rates[name, count], "FLOP/s") for count in threads))
-        for name in dict.fromkeys(row["precision"] for row in rows)
-    ]
-    return table(("", *(f"{count} thread{'s' if count > 1 else ''}" for count in threads)), lines)
+    lines = []
+    for name in dict.fromkeys(row["precision"] for row in rows):
+        peak = result.peaks.get(name)
+        nominal = [f"{scaled(peak.nominal, 'FLOP/s')} = {peak.how}" if peak.nominal else peak.how] if peak else ["—"]
+        lines.append((name, *(scaled(rates[name, count], "FLOP/s") for count in threads), *nominal))
+    headings = ("", *(f"{count} thread{'s' if count > 1 else ''}" for count in threads), "nominal, all cores")
+    return table(headings, lines)
 
 
 def _routes(result: Result) -> Table:

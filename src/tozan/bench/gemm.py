@@ -95,12 +95,13 @@ def run(work: Work) -> Result:
     peaks: dict[str, Peak] = {}
     for precision, threads in product(work.precisions, work.threads):
         with measure.threads(threads):
-            best = measure.peaks([precision])[precision].measured
+            peak = measure.peaks([precision])[precision]
             found = [(tensor, *one) for tensor in work.tensor for one in _rates(work, tensor, precision)]
-        best = max([best, *(max(rates) for *_, rates in found)])
-        rows += [_row(one, share, rates, precision, threads, tensor, best) for tensor, one, share, rates in found]
+        best = max([peak.measured, *(max(rates) for *_, rates in found)])
+        peak = peak.model_copy(update={"measured": best})
+        rows += [_row(one, share, rates, precision, threads, tensor, peak) for tensor, one, share, rates in found]
         if threads == max(work.threads):
-            peaks[precision] = Peak(measured=best)
+            peaks[precision] = peak
     return measure.made("gemm", rows, vars(work), peaks=peaks, notes=_notes(work))
 
 
@@ -177,7 +178,7 @@ def _listed(work: Work, dtype: torch.dtype, tensor: int) -> list[Product]:
 
 
 def _row(
-    one: Product, share: float, rates: Sequence[float], precision: str, threads: int, tensor: int, best: float
+    one: Product, share: float, rates: Sequence[float], precision: str, threads: int, tensor: int, peak: Peak
 ) -> Row:
     split = f" tensor {tensor}" if tensor > 1 else ""
     element = measure.DTYPES[precision].itemsize
@@ -202,12 +203,13 @@ def _row(
         flops_per_second=rate,
         share=share,
         bytes=one.bytes(element),
-        peak_share=rate / best,
+        peak_share=rate / peak.measured,
+        nominal_share=rate / peak.nominal if peak.nominal else None,
     )
 
 
 def _notes(work: Work) -> list[str]:
-    notes = ["operands are random; `peak_share` is of the best product in the same precision and threads"]
+    notes = ["operands are random; of best: of the best product in the same precision and threads; of peak: nominal"]
     if work.model == "fugaku":
         uneven = [split for split in work.tensor if FUGAKU.heads % split]
         if uneven:
@@ -224,21 +226,37 @@ def _notes(work: Work) -> list[str]:
 
 
 def page(result: Result) -> list[object]:
-    """What `tozan bench gemm` prints: the blocks of attention together, one line for each product and direction."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in result.rows:
-        key = (row["precision"], str(row["threads"]), str(row["tensor"]), row["product"], row["direction"])
-        groups.setdefault(key, []).append(row)
-    lines: list[tuple[str, ...]] = []
-    for (precision, threads, tensor, name, direction), rows in groups.items():
-        spent = sum(row["count"] * row["seconds"] for row in rows)
-        rate = sum(row["count"] * row["flops"] for row in rows) / spent
-        best = rows[0]["flops_per_second"] / rows[0]["peak_share"]
-        sizes = (rows[-1]["m"], rows[-1]["n"], rows[-1]["k"])
-        label = "×".join(map(str, (rows[-1]["batch"], *sizes) if rows[-1]["batch"] > 1 else sizes))
-        label += f" +{len(rows) - 1}" if len(rows) > 1 else ""
-        share = percent(sum(row["share"] for row in rows))
-        lines.append((name, direction, label, precision, threads, tensor, share, scaled(spent, "s"), scaled(rate)))
-        lines[-1] += (percent(rate / best),)
-    headings = ("product", "direction", "shape", "type", "threads", "split", "share", "a step", "FLOP/s", "of best")
-    return [head(result), table(headings, lines, left=3), foot(result)]
+    """What `tozan bench gemm` prints: a table for each precision, thread count and split."""
+    parts: list[object] = [head(result)]
+    setups = dict.fromkeys((row["precision"], row["threads"], row["tensor"]) for row in result.rows)
+    for precision, threads, tensor in setups:
+        rows = [
+            row
+            for row in result.rows
+            if (row["precision"], row["threads"], row["tensor"]) == (precision, threads, tensor)
+        ]
+        split = f", the part of one rank of {tensor}" if tensor > 1 else ""
+        parts += ["", f"{precision}, {threads} thread{'s' if threads > 1 else ''}{split}", _products(rows)]
+    return [*parts, "", foot(result)]
+
+
+def _products(rows: Sequence[Row]) -> object:
+    """One line for each product and direction, the blocks of attention together."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["product"], row["direction"]), []).append(row)
+    lines = []
+    for (name, direction), mine in groups.items():
+        spent = sum(row["count"] * row["seconds"] for row in mine)
+        rate = sum(row["count"] * row["flops"] for row in mine) / spent
+        some = mine[-1]
+        label = "×".join(str(some[size]) for size in ("batch", "m", "n", "k") if size != "batch" or some["batch"] > 1)
+        label += f" +{len(mine) - 1}" if len(mine) > 1 else ""
+        shares = (
+            percent(rate * some[share] / some["flops_per_second"]) if some[share] else "—"
+            for share in ("peak_share", "nominal_share")
+        )
+        cost = percent(sum(row["share"] for row in mine)), scaled(spent, "s"), scaled(rate, "FLOP/s")
+        lines.append((name, direction, label, *cost, *shares))
+    headings = ("product", "direction", "shape", "share", "a step", "rate", "of best", "of peak")
+    return table(headings, lines, left=3)

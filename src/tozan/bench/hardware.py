@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tozan.comm.binding import numa_domains, parse
+from tozan.comm.processor import cpuinfo, siblings
 
 UNITS = {
     "amx_bf16": "AMX bf16",
@@ -130,20 +131,19 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
         environment: default: this process's.
     """
     e = os.environ if environment is None else environment
-    cpu, memory = _cpuinfo(root), _meminfo(root)
+    cpu, memory = cpuinfo(root), _meminfo(root)
     flags = set(cpu.get("flags", cpu.get("Features", "")).split())
     domain_of = numa_domains(root / "sys/devices/system/node")
     cores = {
         domain: tuple(c for c, d in domain_of.items() if d == domain) for domain in sorted(set(domain_of.values()))
     }
     online = len(parse(_text(root / "sys/devices/system/cpu/online"))) or os.cpu_count() or 1
-    siblings = parse(_text(root / "sys/devices/system/cpu/cpu0/topology/thread_siblings_list"))
     swap = memory.get("SwapTotal", 0) - memory.get("SwapFree", 0)
     return Hardware(
         processor=cpu.get("model name", cpu.get("CPU part", os.uname().machine)),
         online=online,
         affinity=len(os.sched_getaffinity(0)),
-        threads_per_core=max(1, len(siblings)),
+        threads_per_core=siblings(root),
         quota=_quota(root),
         units=tuple(name for flag, name in UNITS.items() if flag in flags),
         domains={domain: _domain_memory(root, domain) for domain in cores},
@@ -175,13 +175,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
-
-
-def _cpuinfo(root: Path) -> dict[str, str]:
-    """The first processor's entries."""
-    first = _text(root / "proc/cpuinfo").partition("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _meminfo(root: Path) -> dict[str, int]:

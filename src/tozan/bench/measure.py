@@ -13,6 +13,7 @@ import torch
 
 import tozan
 from tozan.bench.result import Kind, Peak, Result, Row
+from tozan.comm import processor
 from tozan.train import machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -49,7 +50,19 @@ def copy_rates(seconds: float = 0.3, megabytes: int = 256, least: int = 5) -> li
 def peaks(precisions: Sequence[str], seconds: float = 0.3) -> dict[str, Peak]:
     """The best rate of a square matrix product in each precision, with the threads of this process."""
     device = torch.device("cpu")
-    return {name: Peak(measured=machine.measure_gemm_rate(DTYPES[name], device, seconds)) for name in precisions}
+    return {name: peak(name, machine.measure_gemm_rate(DTYPES[name], device, seconds)) for name in precisions}
+
+
+def peak(precision: str, measured: float, threads: int | None = None) -> Peak:
+    """A measured rate beside the nominal one.
+
+    Args:
+        precision: of both.
+        measured: FLOP/s.
+        threads: that were used; default: those of this process.
+    """
+    found = processor.nominal(precision, threads or torch.get_num_threads())
+    return Peak(measured=measured, nominal=found.flops, how=found.how)
 
 
 @contextmanager
@@ -71,6 +84,8 @@ def cores() -> int:
 def made(kind: Kind, rows: list[Row], options: Mapping[str, Any], **fields: Any) -> Result:
     """A result of this machine, now; the load of the machine is among its notes if it was not idle."""
     notes = list(fields.pop("notes", []))
+    unknown = {one.how for one in fields.get("peaks", {}).values() if one.nominal is None and one.how}
+    notes += [f"no nominal peak: {why}" for why in sorted(unknown)]
     load = os.getloadavg()[0]
     if load > cores() + 1:
         notes.append(f"the machine was busy: load {load:.1f} on {cores()} cores, so times are too long")

@@ -85,7 +85,9 @@ class Peak(_Table):
     measured: _Finite
     """FLOP/s, here and in this run."""
     nominal: _Finite | None = None
-    """FLOP/s by the data sheet, where it is known."""
+    """FLOP/s that the cores in use could do: FLOPs a cycle × clock; null where it is not known."""
+    how: str = ""
+    """What the nominal one is the product of, or why it is not known."""
 
 
 class Result(_Table):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tozan import data
 from tozan.bench import measure
-from tozan.bench.result import Result, Row
+from tozan.bench.result import Peak, Result, Row
 from tozan.bench.show import foot, head, percent, scaled, table
 from tozan.config import load
 from tozan.errors import Problem, UserError
@@ -111,7 +111,8 @@ def run(setup: Setup, jobs: Jobs) -> Result:
         rows = [_row(setup, jobs, ranks, given, folder / f"run-{ranks}") for ranks, given in flags.items()]
     rows = list(_efficiencies(rows))
     options = {**vars(setup), **vars(jobs), "data": str(jobs.data) if jobs.data else "standard library"}
-    return measure.made("scaling", rows, options, notes=list(_notes(setup)))
+    peaks = {setup.precision: Peak(**min(rows, key=lambda row: int(row["ranks"]))["peak"])}
+    return measure.made("scaling", rows, options, peaks=peaks, notes=list(_notes(setup)))
 
 
 def _make_data(folder: Path) -> Path:
@@ -168,12 +169,20 @@ def _row(setup: Setup, jobs: Jobs, ranks: int, flags: Sequence[str], folder: Pat
         seconds=median(took),
         tokens_per_second=rate,
         flops_per_second=rate * model_flops(sizes) / sizes.sequence,
+        peak=_peak_of_a_rank(facts),
         phases={name: median(record["phases"].get(name, 0.0) for record in records) for name in sorted(names)},
         layout=facts["layout"],
         predicted_seconds=predict(load(config).config, jobs.machine).seconds if jobs.machine else None,
         mode=setup.mode,
         global_batch=setup.batch(ranks),
     )
+
+
+def _peak_of_a_rank(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A rank's `Peak` as its job found it: with more ranks on a machine, a rank has fewer cores."""
+    ranks, nominal = facts["processes"], facts["peak_nominal_flops"]
+    each = {"measured": facts["peak_measured_flops"] / ranks, "nominal": nominal and nominal / ranks}
+    return {**each, "how": facts["peak_nominal_how"]}
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tozan.bench.compare import Comparison
-from tozan.bench.result import Result
+from tozan.bench.result import Peak, Result
 
 WIDTH = 100
 """Columns that every page fits into."""
@@ -69,11 +69,16 @@ def head(result: Result) -> str:
     what = ", ".join(f"{name} {version}" for name, version in result.versions.items() if name in ("tozan", "torch"))
     lines = [f"{where}; {what}"]
     if result.peaks:
-        rates = (f"{name} {scaled(peak.measured, 'FLOP/s')}" for name, peak in result.peaks.items())
-        lines.append("best GEMM: " + ", ".join(rates))
+        lines.append("best GEMM: " + ", ".join(f"{name} {rate_of_peak(peak)}" for name, peak in result.peaks.items()))
     if result.bandwidth:
         lines.append(f"memory: {scaled(result.bandwidth, 'bytes/s')} (copy, both ways counted)")
     return "\n".join(lines)
+
+
+def rate_of_peak(peak: Peak) -> str:
+    """A measured peak beside the nominal one: `420 GFLOP/s (92% of 456 nominal)`."""
+    share = f" ({percent(peak.measured / peak.nominal)} of {scaled(peak.nominal)} nominal)" if peak.nominal else ""
+    return f"{scaled(peak.measured, 'FLOP/s')}{share}"
 
 
 def foot(result: Result) -> str:

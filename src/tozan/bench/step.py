@@ -5,7 +5,6 @@ The step is the trainer's own (`train_step`), in this process, on random tokens.
 
 from __future__ import annotations
 
-import os
 import resource
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
 from tozan.models.products import Product
 from tozan.models.traffic import step_bytes
 from tozan.optim.adamw import AdamW
-from tozan.train import Run, machine
+from tozan.train import Run, machine, profile
 from tozan.train.checks import Checks
 from tozan.train.metrics import Clock
 from tozan.train.precision import Precision
@@ -102,7 +101,8 @@ def run(model: str, flags: Sequence[str] = (), steps: int = 6, seconds: float = 
     moved = step_bytes(shape, micro_batch, micro_batches, work.precision.dtype.itemsize)
     rows = [_phase(name, laps, rates, moved, bandwidth) for name in laps[0].phases]
     best = max([work.peak_flops, *(one.flops / took for one, took in rates)])
-    step = _whole(laps, rows, work, best)
+    peak = measure.peak(config.train.precision, best)
+    step = _whole(laps, rows, work, peak)
     step = step.model_copy(update={"allocations": allocations, "allocated_bytes": allocated})
     options = {"model": model, "flags": list(flags), "micro_batch": micro_batch, "micro_batches": micro_batches}
     options |= {"precision": config.train.precision, "threads": torch.get_num_threads(), "steps": steps}
@@ -110,7 +110,7 @@ def run(model: str, flags: Sequence[str] = (), steps: int = 6, seconds: float = 
         "step",
         [*rows, step],
         options,
-        peaks={config.train.precision: Peak(measured=best)},
+        peaks={config.train.precision: peak},
         bandwidth=bandwidth,
         notes=_notes(),
     )
@@ -176,11 +176,11 @@ def lap(work: Run) -> Lap:
 
 def count_allocations(work: Run) -> tuple[int, int]:
     """How many tensors one more step allocates, and their bytes, as PyTorch's profiler sees them."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells the user when it starts and stops
+    profile.silence()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as traced:
         lap(work)
-    events = profile.profiler.kineto_results.events()
+    events = traced.profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
     return len(sizes), sum(sizes)
 
@@ -225,7 +225,7 @@ def _phase(
     )
 
 
-def _whole(laps: Sequence[Lap], rows: Sequence[Row], work: Run, best: float) -> Row:
+def _whole(laps: Sequence[Lap], rows: Sequence[Row], work: Run, peak: Peak) -> Row:
     seconds = [one.seconds for one in laps]
     rate = work.global_batch / median(seconds)
     return Row.of(
@@ -237,7 +237,8 @@ def _whole(laps: Sequence[Lap], rows: Sequence[Row], work: Run, best: float) -> 
         memory_seconds=sum(row["memory_seconds"] for row in rows),
         tokens_per_second=rate * work.shape.sequence,
         flops_per_second=rate * model_flops(work.shape),
-        mfu=rate * model_flops(work.shape) / best,
+        mfu=rate * model_flops(work.shape) / peak.measured,
+        nominal_share=rate * model_flops(work.shape) / peak.nominal if peak.nominal else None,
         parameters=parameters(work.shape),
         minor_faults=round(median(one.minor_faults for one in laps)),
         major_faults=round(median(one.major_faults for one in laps)),
@@ -264,9 +265,10 @@ def page(result: Result) -> list[object]:
         parts = (scaled(row["gemm_seconds"], "s"), scaled(row["memory_seconds"], "s"), rest, over)
         lines.append((row.name, scaled(row.median, "s"), spread, *parts))
     step = result.row("step")
+    nominal = f", {percent(step['nominal_share'])} of the nominal peak" if step["nominal_share"] else ""
     said = (
         f"{step['tokens_per_second']:,.0f} tokens/s, {scaled(step['flops_per_second'], 'FLOP/s')}, "
-        f"MFU {percent(step['mfu'])} of the best GEMM; the products alone would take "
+        f"MFU {percent(step['mfu'])} of the best GEMM{nominal}; the products alone would take "
         f"{percent(step['gemm_seconds'] / step.median)} of the step"
     )
     memory = (

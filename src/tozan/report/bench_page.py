@@ -7,11 +7,12 @@ from pathlib import Path
 
 from tozan.bench.result import Result, Row, read
 from tozan.errors import Problem, UserError
+from tozan.report import doctor_tables
 from tozan.report.drawing import Figure
-from tozan.report.figures import kernels, scaling, steps
+from tozan.report.figures import kernels, rates, scaling, steps
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, percent, scaled
+from tozan.report.words import Tile, percent, scaled, seconds
 
 KINDS = {
     "gemm": "matrix products of a step",
@@ -43,7 +44,11 @@ def page(path: Path) -> Page:
         advice=[sentence for pair in zip(results, drawn, strict=True) for sentence in advice(*pair)],
         figures=[figure for some in drawn for figure in some],
         wide=[table for pair in zip(results, drawn, strict=True) for table in tables(*pair)],
-        facts=[_machine(first), *(_options(result) for result in results)],
+        facts=[
+            _machine(first),
+            *(doctor_tables.facts(result) for result in results if result.kind == "doctor"),
+            *(_options(result) for result in results),
+        ],
         foot="Medians with an interval that holds the true median in 95 cases of 100. " + " ".join(_notes(results)),
     )
 
@@ -72,7 +77,8 @@ def read_all(path: Path) -> list[Result]:
 
 def figures(result: Result) -> list[Figure]:
     """Every figure that a result has data for."""
-    made: list[Figure | None] = [kernels.roofline(result), kernels.collectives(result)]
+    made: list[Figure | None] = [kernels.roofline(result), *rates.of_doctor(result), kernels.collectives(result)]
+    made += [rates.latencies_of_collectives(result), *rates.of_io(result)]
     if result.kind == "scaling":
         for mode in ("strong", "weak"):
             found = scaling.points(result, mode)
@@ -84,6 +90,8 @@ def figures(result: Result) -> list[Figure]:
 
 def summary(result: Result, drawn: Sequence[Figure]) -> list[str]:
     """What was found, in a sentence or two; the figures' own words."""
+    if result.kind == "doctor":
+        return [doctor_tables.summary(result)]
     if drawn:
         return [f"{KINDS[result.kind].capitalize()}: {drawn[0].description}"]
     first = ", ".join(f"{row.name}: {shown(row)}" for row in result.rows[:3])
@@ -96,10 +104,10 @@ def advice(result: Result, drawn: Sequence[Figure]) -> list[str]:
         worst = kernels.slowest_products(result, 1)
         if not worst:
             return []
-        name, shape, _, rate, share, time = worst[0]
+        name, shape, _, rate, share, _, time = worst[0]
         return [
-            f"Most of the products' time ({time}) goes into {name} ({shape}): {rate}, {share} of the peak. Another "
-            "`train.micro_batch` or `layout.tensor` changes its shape; `tozan bench gemm` shows whether it helps."
+            f"Most of the products' time ({time}) goes into {name} ({shape}): {rate}, {share} of the best product. "
+            "Another `train.micro_batch` or `layout.tensor` changes its shape; measure it to see whether it helps."
         ]
     if result.kind == "scaling":
         found = scaling.points(result)
@@ -111,18 +119,22 @@ def advice(result: Result, drawn: Sequence[Figure]) -> list[str]:
                 f"{ends}At {percent(ideal)} of ideal on {found[-1].ranks:,} ranks, `tozan plan MODEL --machine FILE` "
                 "says which layout suits that many better."
             ]
-    return [note for note in result.notes if result.kind == "doctor"]
+    if result.kind == "doctor":
+        return doctor_tables.advice(result)
+    return []
 
 
 def tables(result: Result, drawn: Sequence[Figure]) -> list[Table]:
     """The tables of a result: the talk's for scaling, the products that cost most, or its rows."""
     if result.kind == "scaling":
         found = scaling.points(result) or scaling.points(result, "weak")
-        peak, which = _peak(result)
-        return [Table("FLOP/s", scaling.talk_table(found, peak), scaling.talk_note(peak, which), scaling.TALK_HEAD)]
+        peak = found[0].peak if found else None
+        return [Table("FLOP/s", scaling.talk_table(found), scaling.talk_note(peak), scaling.TALK_HEAD)]
     if result.kind == "gemm":
-        head = ("product", "m × n × k", "precision", "rate", "of peak", "of the products' time")
+        head = ("product", "m × n × k", "precision", "rate", "of best", "of nominal", "of the products' time")
         return [Table("Products that take most time", kernels.slowest_products(result), "", head)]
+    if result.kind == "doctor":
+        return doctor_tables.backends(result)
     if drawn:
         return []
     rows = [
@@ -140,17 +152,8 @@ def shown(row: Row) -> str:
 
 def _text(row: Row, value: float) -> str:
     if row.unit == "s":
-        return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
+        return seconds(value)
     return scaled(value, row.unit.replace("bytes/s", "B/s"))
-
-
-def _peak(result: Result) -> tuple[float | None, str]:
-    """The peak of one rank, nominal where it is known."""
-    precision = str(result.options.get("precision", "fp32"))
-    peak = result.peaks.get(precision) or next(iter(result.peaks.values()), None)
-    if peak is None:
-        return None, ""
-    return (peak.nominal, "nominal") if peak.nominal else (peak.measured, "measured")
 
 
 def _tiles(results: Sequence[Result]) -> list[Tile]:
@@ -185,4 +188,4 @@ def _plain(value: object) -> bool:
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
-    return [f"{note[0].upper()}{note[1:]}." for result in results for note in result.notes if result.kind != "doctor"]
+    return [f"{note[0].upper()}{note[1:]}." for result in results for note in result.notes]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tozan import planner
+from tozan.bench.result import Peak
 from tozan.config import load
 from tozan.errors import UserError
 from tozan.models.arithmetic import Shape, hardware_flops, model_flops
@@ -18,6 +19,8 @@ from tozan.report.figures import pipeline, plans, run, scaling, steps
 from tozan.report.history import History
 from tozan.report.page import Page, Table
 from tozan.report.ranks import Ranks, Slow, Timeline
+
+PEAKS = ("measured", "nominal")
 
 
 def page(folder: Path, sample: str | None = None, machine: str | None = None) -> Page:
@@ -35,9 +38,7 @@ def page(folder: Path, sample: str | None = None, machine: str | None = None) ->
     who = everyone(found)
     slow = ranks.slow(who, stages(found)) if who else []
     priced, detail = machine_of(folder, machine), ranks.timeline(folder, found.facts.get("processes"))
-    nominal = None
-    if priced and found.facts.get("precision") in ("fp32", "bf16", "fp16"):
-        nominal = priced.device.peak[found.facts["precision"]] * int(found.facts.get("processes", 1))
+    peak = peak_of(found, priced)
     return Page(
         kind="tozan training run",
         title=_title(found),
@@ -47,8 +48,8 @@ def page(folder: Path, sample: str | None = None, machine: str | None = None) ->
         advice=advice.of_run(found, who, slow),
         figures=all_figures(found, who, slow, priced, detail),
         sample=found.sample if sample is None else sample,
-        wide=[flops_table(found, nominal)],
-        facts=[model_table(found), data_table(found), speed_table(found, nominal), machine_table(found)],
+        wide=[flops_table(found, peak)],
+        facts=[model_table(found), data_table(found), speed_table(found, peak), machine_table(found)],
         events=[event for event in found.events if event.event != "checkpoint"] + advice.slow_events(found, slow),
         config=config_tables(found),
         foot=_foot(found),
@@ -118,9 +119,23 @@ def predicted(found: History, machine: Machine) -> planner.Prediction | None:
         return None
 
 
-def flops_table(found: History, nominal: float | None) -> Table:
+def peak_of(found: History, machine: Machine | None) -> Peak | None:
+    """The peaks of one process: measured at the start of the run, nominal by its processor, else by a data sheet.
+
+    A machine file written by `tozan bench calibrate` holds measured rates, and says nothing about nominal ones.
+    """
+    processes, precision = int(found.facts.get("processes", 1)), found.facts.get("precision")
+    measured, nominal = (found.facts.get(f"peak_{which}_flops") for which in ("measured", "nominal"))
+    how = str(found.facts.get("peak_nominal_how") or "")
+    if not measured:
+        return None
+    if not nominal and machine and not machine.trainer and precision in machine.device.peak:
+        nominal, how = machine.device.peak[precision] * processes, machine.name
+    return Peak(measured=measured / processes, nominal=nominal and nominal / processes, how=how)
+
+
+def flops_table(found: History, peak: Peak | None) -> Table:
     """The run as a line of the talk's FLOP/s table."""
-    measured = float(found.facts.get("peak_measured_flops") or 0.0)
     processes = int(found.facts.get("processes", 1))
     layout = found.facts.get("layout") or {}
     flops = words.middle(found.steps["model_flops_per_second"])
@@ -135,10 +150,9 @@ def flops_table(found: History, nominal: float | None) -> Table:
         flops,
         None,
         {},
+        peak,
     )
-    peak, which = (nominal, "nominal") if nominal else (measured or None, "measured in this run")
-    each = peak / processes if peak else None
-    return Table("FLOP/s", scaling.talk_table([point], each), scaling.talk_note(each, which), scaling.TALK_HEAD)
+    return Table("FLOP/s", scaling.talk_table([point]), scaling.talk_note(peak), scaling.TALK_HEAD)
 
 
 def model_table(found: History) -> Table:
@@ -182,12 +196,12 @@ def data_table(found: History) -> Table:
     return Table("Data", rows, f"Data set: {path}" if rows and path else "")
 
 
-def speed_table(found: History, nominal: float | None = None) -> Table:
+def speed_table(found: History, each: Peak | None = None) -> Table:
     """Achieved FLOP/s and MFU with formula, precision and both terms.
 
     Args:
         found: the run.
-        nominal: FLOP/s of all its processes by the data sheet, where it is known.
+        each: peaks of one of its processes.
     """
     steps, facts = found.steps, found.facts
     if not steps["step"].size:
@@ -200,11 +214,11 @@ def speed_table(found: History, nominal: float | None = None) -> Table:
         ("MFU = model FLOP/s ÷ measured peak", words.percent(words.middle(steps["mfu"]))),
         ("precision", words.PRECISIONS.get(facts.get("precision", ""), "—")),
         *_hardware(found, peak),
-        *_nominal(found, nominal),
+        *_nominal(found, each),
         ("time in steps", words.duration(float(steps["seconds"][steps["seconds"] > 0].sum()))),
     ]
-    how = facts.get("peak_measured_how")
-    return Table("Speed", rows, f"Peak: {how}." if how else "")
+    how = [f"{which.capitalize()} peak: {facts[key]}." for which in PEAKS if facts.get(key := f"peak_{which}_how")]
+    return Table("Speed", rows, " ".join(how))
 
 
 def machine_table(found: History) -> Table:
@@ -246,10 +260,11 @@ def _hardware(found: History, peak: float) -> list[tuple[str, ...]]:
     ]
 
 
-def _nominal(found: History, nominal: float | None) -> list[tuple[str, ...]]:
-    """The data sheet's peak and the share of it."""
-    if not nominal:
+def _nominal(found: History, each: Peak | None) -> list[tuple[str, ...]]:
+    """The nominal peak of all processes, and the share of it."""
+    if each is None or not each.nominal:
         return []
+    nominal = each.nominal * int(found.facts.get("processes", 1))
     share = words.middle(found.steps["model_flops_per_second"]) / nominal
     return [("peak, nominal", words.scaled(nominal, "FLOP/s")), ("model FLOP/s ÷ nominal peak", words.percent(share))]
 

@@ -75,6 +75,8 @@ def duration(seconds: float) -> str:
 
 def seconds(value: float) -> str:
     """A short time in the unit that suits it."""
+    if 0 < value < 1e-3:
+        return f"{1e6 * value:.3g} µs"
     return duration(value) if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 

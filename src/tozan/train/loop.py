@@ -24,6 +24,8 @@ from tozan.train.run import Listener, Run, resume
 from tozan.train.split import executed_flops
 from tozan.train.step import StepResult, train_step
 
+BETWEEN = ("evaluation", "checkpoint", "copy")
+"""Phases that lie between two steps and are no part of what one costs."""
 RETURNS = 5
 """Times that a run goes back to the same step before a machine that keeps making errors ends it."""
 
@@ -221,8 +223,8 @@ def advance(run: Run, result: StepResult) -> None:
 def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock, breakdown: Breakdown) -> None:
     """Write the step's record, and this rank's part of the breakdown.
 
-    `seconds` and `phases` run from the previous record to this one, so they hold the evaluation and the checkpoint
-    between the two; rates leave those out.
+    `seconds` and `phases` run from the previous record to this one, so they hold the evaluation, the checkpoint and
+    the copy of the state between the two; rates leave those out.
     """
     clock.tokens += result.tokens
     if result.skipped is not None:
@@ -232,7 +234,7 @@ def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock, breakdo
     tokens = clock.tokens
     seconds, phases = clock.lap()
     breakdown.write(run.step, seconds, phases)
-    working = seconds - phases.get("evaluation", 0.0) - phases.get("checkpoint", 0.0)
+    working = seconds - sum(phases.get(name, 0.0) for name in BETWEEN)
     rate = tokens / working
     achieved = rate * model_flops(run.shape) / run.shape.sequence
     executed = rate * executed_flops(run.config, run.shape) / run.shape.sequence

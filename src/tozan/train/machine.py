@@ -6,11 +6,11 @@ import ctypes
 import os
 import platform
 import time
-from pathlib import Path
 
 import psutil
 import torch
 
+from tozan.comm.processor import cpuinfo
 from tozan.ops import native
 
 MALLOPT = {"M_MMAP_THRESHOLD": 1 << 30, "M_TRIM_THRESHOLD": (1 << 31) - 1, "M_TOP_PAD": 64 << 20}
@@ -91,9 +91,4 @@ def describe() -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()

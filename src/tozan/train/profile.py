@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
+
+
+def silence() -> None:
+    """Keep Kineto, PyTorch's tracer, from telling the terminal when it starts and stops; call before its first use."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class Profiler:
@@ -23,6 +29,7 @@ class Profiler:
     def begin(self, step: int) -> None:
         """Call before step number `step`, counted from 1 as in the metrics."""
         if step in self._steps and self._profile is None:
+            silence()
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -17,7 +17,7 @@ from torch import Tensor
 import tozan
 from tozan import checkpoint, files
 from tozan.checkpoint import State
-from tozan.comm import Mesh
+from tozan.comm import Mesh, processor
 from tozan.config import Config, Loaded
 from tozan.data import Dataset, Manifest
 from tozan.errors import Problem, UserError
@@ -297,10 +297,21 @@ def facts(run: Run) -> dict[str, Any]:
         "precision": run.config.train.precision,
         "peak_measured_flops": run.peak_flops,
         "peak_measured_how": "best square GEMM at start, in the compute type, on random operands, × processes",
+        **nominal_peak(run),
         "model_flops_per_token": model_flops(run.shape) / run.shape.sequence,
         "flops_formula": FLOPS_FORMULA,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def nominal_peak(run: Run) -> dict[str, Any]:
+    """What all processes could do by their processors' make and clock, if each has the cores of this one."""
+    if run.device.type != "cpu":
+        return {"peak_nominal_flops": None, "peak_nominal_how": "not known for this device"}
+    found, world = processor.nominal(run.config.train.precision, torch.get_num_threads()), run.split.mesh.world_size
+    flops = found.flops * world if found.flops else None
+    how = f"{found.how} × {world} processes" if flops and world > 1 else found.how
+    return {"peak_nominal_flops": flops, "peak_nominal_how": how}
 
 
 Listener = Callable[[dict[str, Any]], None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import ceil
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -10,6 +13,8 @@ from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.marks import SERIES, key, powers, titled
 from tozan.report.words import percent, scaled
 
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)))
+DASH_NAMES = ("solid", "dashed", "dotted", "dash and dot")
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
 
@@ -51,6 +56,7 @@ def roofline(result: Result) -> Figure | None:
     x = {row.name: flops_of(row) / bytes_of(row) for row in rows}
     rates = [rate_of(row) for row in rows]
     peaks = {name: peak.measured for name, peak in result.peaks.items() if name in precisions}
+    nominal = [peak.nominal for peak in result.peaks.values() if peak.nominal]
     low, high = min(x.values()) / 2, max(x.values()) * 2
     if result.bandwidth and peaks:
         low = min(low, min(peaks.values()) / result.bandwidth / 4)
@@ -59,11 +65,13 @@ def roofline(result: Result) -> Figure | None:
     def draw(axes: Axes, narrow: bool) -> None:
         powers(axes)
         axes.set_xlim(low, high)
-        axes.set_ylim(min(rates) / 2.5, max([*rates, *peaks.values()]) * 2.2)
+        axes.set_ylim(min(rates) / 2.5, max([*rates, *peaks.values(), *nominal]) * 2.2)
         across = np.geomspace(low, high, 60)
         for name, peak in peaks.items():
             roof = np.minimum(peak, across * result.bandwidth) if result.bandwidth else np.full(60, peak)
             axes.plot(across, roof, color=colours[name], linewidth=1.2)
+            if data_sheet := result.peaks[name].nominal:
+                axes.plot([low, high], [data_sheet] * 2, color=colours[name], linewidth=1.0, linestyle=(0, (4, 3)))
         for row in rows:
             size = 12 + 90 * (row.get("share") or 0.0) / largest
             colour = colours[str(row.get("precision", "fp32"))]
@@ -77,7 +85,7 @@ def roofline(result: Result) -> Figure | None:
     data = _roofline_csv(rows, x)
     caption = (
         f"A dot is a matrix product, as large as its share of the step's FLOPs; threads: {threads}. "
-        "Lines: what memory and multipliers allow."
+        "Lines: what memory and multipliers allow, measured; dashed: nominal peaks."
     )
     return figure("roofline", "Roofline of the step's matrix products", words, draw, data, caption, 320.0)
 
@@ -133,6 +141,7 @@ def slowest_products(result: Result, most: int = 12) -> list[tuple[str, ...]]:
                 str(row.get("precision", "")),
                 scaled(rate_of(row), "FLOP/s"),
                 percent(row.get("peak_share") or rate_of(row) / peak.measured) if peak else "—",
+                percent(rate_of(row) / peak.nominal) if peak and peak.nominal else "—",
                 percent(times[row.name] / totals[row.get("precision"), row.get("tensor")]),
             )
         )
@@ -147,35 +156,49 @@ def _most_threads(result: Result) -> list[Row]:
 
 
 def collectives(result: Result) -> Figure | None:
-    """Bandwidth of each collective by the size of its message."""
+    """Bandwidth of each collective, or over each route, by the size of its message.
+
+    What tells curves apart first (operation or route) has a colour, the rest (type, ranks) a dash.
+    """
     rows = [row for row in result.rows if row.unit == "bytes/s" and row.get("bytes") and row.get("operation")]
     if not rows:
         return None
-    curves: dict[str, list[tuple[float, float]]] = {}
+    told = [one for one in ("operation", "route", "dtype", "ranks") if len({row.get(one) for row in rows}) > 1]
+    curves: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for row in rows:
-        names = [str(row[name]) for name in ("operation", "over", "dtype") if row.get(name) is not None]
-        names += [f"{row['ranks']} ranks"] if row.get("ranks") else []
-        curves.setdefault(", ".join(names), []).append((float(row["bytes"]), row.median))
-    curves = {
-        name: sorted(points) for name, points in sorted(curves.items(), key=lambda item: -max(r for _, r in item[1]))
-    }
-    shown = dict(list(curves.items())[: len(SERIES)])
+        label = tuple(_value(one, row.get(one)) for one in told or ["operation"])
+        curves.setdefault(label, []).append((float(row["bytes"]), row.median))
+    colours = dict(zip(dict.fromkeys(label[0] for label in curves), SERIES, strict=False))
+    dashes = dict(zip(dict.fromkeys(label[1:] for label in curves), DASHES, strict=False))
+    shown = {label: sorted(curve) for label, curve in curves.items() if label[0] in colours and label[1:] in dashes}
 
     def draw(axes: Axes, narrow: bool) -> None:
         powers(axes)
-        for colour, points in zip(SERIES, shown.values(), strict=False):
-            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
-        titled(axes, "bytes in a message", "bus bandwidth")
+        for (first, *rest), points in shown.items():
+            style: dict[str, Any] = {"color": colours[first], "linestyle": dashes[tuple(rest)]}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
+        titled(axes, "bytes of the buffer", "bus bandwidth")
         axes.yaxis.set_major_formatter(lambda value, _: scaled(value, "B/s"))
         axes.xaxis.set_major_formatter(lambda value, _: scaled(value, "B"))
-        key(axes, list(zip(shown, SERIES, strict=False)), narrow, -0.2)
+        key(axes, list(colours.items()), narrow, -0.2)
 
-    best = {name: max(rate for _, rate in points) for name, points in curves.items()}
-    words = (
-        "Best bandwidth: " + ", ".join(f"{name} {scaled(rate, 'B/s')}" for name, rate in list(best.items())[:6]) + "."
+    best = sorted(
+        ((max(rate for _, rate in points), ", ".join(label)) for label, points in curves.items()), reverse=True
     )
+    words = "Best bandwidth: " + ", ".join(f"{name} {scaled(rate, 'B/s')}" for rate, name in best[:6]) + "."
     data = rows_csv(
-        ("collective", "bytes", "bytes_per_second"),
-        [(name, *point) for name, points in curves.items() for point in points],
+        (*(told or ["operation"]), "bytes", "bytes_per_second"),
+        [(*label, *point) for label, points in curves.items() for point in points],
     )
-    return figure("collectives", "Collectives by message size", words, draw, data, "Median of the repeats.", 330.0)
+    lines = [f"{name}: {', '.join(rest)}" for name, rest in zip(DASH_NAMES, dashes, strict=False) if rest]
+    caption = f"{'; '.join(lines).capitalize()}. " if lines else ""
+    title = "Collectives by size" if "operation" in told else "All-reduce by size and route"
+    rows_of_key = ceil(len(colours) / 2)
+    return figure(
+        "collectives", title, words, draw, data, f"{caption}Medians of the repeats.", 290.0 + 14.0 * rows_of_key
+    )
+
+
+def _value(field: str, value: object) -> str:
+    """A field's value as a curve's name says it."""
+    return f"{value} ranks" if field == "ranks" else {"lo": "loopback"}.get(str(value), str(value)).replace("_", " ")

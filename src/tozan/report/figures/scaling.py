@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from tozan.bench.result import Result, Row
+from tozan.bench.result import Peak, Result, Row
 from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.marks import AMBER, BLUE, GREY, MUTED, key, phase_colour, titled
 from tozan.report.words import percent, phase_words, scaled, seconds, time_tick
@@ -33,6 +33,7 @@ class Point:
         flops: model FLOP/s of all ranks.
         predicted: seconds by the planner, or None.
         phases: seconds by phase.
+        peak: of one rank; None where the measurement does not say it.
     """
 
     ranks: int
@@ -45,15 +46,17 @@ class Point:
     flops: float
     predicted: float | None
     phases: dict[str, float]
+    peak: Peak | None = None
 
 
 def points(result: Result, mode: str = "strong") -> list[Point]:
     """The rows of a scaling measurement, fewest ranks first."""
     rows = [row for row in result.rows if row.get("ranks") and row.get("mode", "strong") == mode]
-    return sorted((_point(row) for row in rows), key=lambda point: (point.parts, point.ranks))
+    whole = result.peaks.get(str(result.options.get("precision"))) or next(iter(result.peaks.values()), None)
+    return sorted((_point(row, whole) for row in rows), key=lambda point: (point.parts, point.ranks))
 
 
-def _point(row: Row) -> Point:
+def _point(row: Row, whole: Peak | None) -> Point:
     layout = row.get("layout") or {}
     replicas = int(layout.get("data", layout.get("dp", 0)) or 0)
     ranks = int(row["ranks"])
@@ -72,6 +75,7 @@ def _point(row: Row) -> Point:
         float(row.get("flops_per_second") or float("nan")),
         row.get("predicted_seconds"),
         dict(row.get("phases") or {}),
+        Peak.model_validate(row["peak"]) if row.get("peak") else whole,
     )
 
 
@@ -186,31 +190,28 @@ TALK_HEAD = (
     "# DP",
     "# MP",
     "TFLOP/s per CPU",
-    "% of peak",
+    "% of nominal peak",
+    "% of measured peak",
     "aggregate PFLOP/s",
     "A100s",
 )
 
 
-def talk_table(found: Sequence[Point], peak: float | None) -> list[tuple[str, ...]]:
-    """The talk's FLOP/s table.
-
-    Args:
-        found: measured numbers of ranks.
-        peak: FLOP/s of one rank that percentages are of; None leaves them out.
-    """
+def talk_table(found: Sequence[Point]) -> list[tuple[str, ...]]:
+    """The talk's FLOP/s table, its percentages of both peaks."""
     rows: list[tuple[str, ...]] = []
     for point in found:
         if not np.isfinite(point.flops):
             continue
         each = point.flops / point.ranks
+        peaks = (point.peak.nominal, point.peak.measured) if point.peak else (None, None)
         rows.append(
             (
                 f"{point.ranks:,}",
                 f"{point.replicas:,}",
                 f"{point.parts:,}",
                 f"{each / 1e12:.3g}",
-                percent(each / peak) if peak else "—",
+                *(percent(each / peak) if peak else "—" for peak in peaks),
                 f"{point.flops / 1e15:.3g}",
                 f"{point.flops / A100:.3g}",
             )
@@ -218,11 +219,18 @@ def talk_table(found: Sequence[Point], peak: float | None) -> list[tuple[str, ..
     return rows
 
 
-def talk_note(peak: float | None, which: str) -> str:
-    """The conventions of the table."""
-    of = f"{scaled(peak, 'FLOP/s')} for a rank ({which})" if peak else "not known"
+def talk_note(peak: Peak | None) -> str:
+    """The conventions of the table.
+
+    Args:
+        peak: of a rank, where there are fewest.
+    """
+    of = "not known"
+    if peak:
+        made = f"{scaled(peak.nominal, 'FLOP/s')} = {peak.how}" if peak.nominal else f"not known: {peak.how}"
+        of = f"of a rank, measured, {scaled(peak.measured, 'FLOP/s')}; nominal, {made.removesuffix(': ')}"
     return (
         "A CPU is a rank. FLOP/s are the model's (3 × forward, recomputation left out) over the time of a step. "
-        f"Peak: {of}. PFLOP/s are 10¹⁵. A100s: at the 137 TFLOP/s that an A100 achieves on 1.7B parameters; the talk "
+        f"Peak {of}. PFLOP/s are 10¹⁵. A100s: at the 137 TFLOP/s that an A100 achieves on 1.7B parameters; the talk "
         "divides by 1,024 there instead of 1,000."
     )
