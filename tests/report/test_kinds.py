@@ -12,7 +12,7 @@ import tozan
 from tozan.bench.result import Peak, read
 from tozan.errors import UserError
 from tozan.report import bench_page, kind_of, plan_page
-from tozan.report.figures import kernels, scaling
+from tozan.report.figures import kernels, scaling, torus
 
 
 def rows_of(figure):
@@ -98,3 +98,22 @@ def test_figures_come_to_a_notebook(tmp_path):
     assert list(found) == ["roofline"]
     assert found["roofline"]._repr_html_().startswith("<figure>")
     assert found["roofline"]._repr_svg_().startswith("<svg")
+
+
+def test_neighbouring_groups_of_a_torus_have_their_own_colours():
+    """60 tensor groups of four on 6 × 8 × 5: far more groups than colours."""
+    shape, ranks = (6, 8, 5), range(240)
+    places = {rank: (rank // 4 % 3 * 2 + rank % 2, rank // 12 % 4 * 2 + rank // 2 % 2, rank // 48) for rank in ranks}
+    group = {rank: rank // 4 for rank in ranks}
+    colours = torus._colours(torus._slices(shape, places, 5), group)
+    assert len(set(places.values())) == 240
+    assert len(set(colours.values())) > 3
+    at = {place: group[rank] for rank, place in places.items()}
+    for (x, y, z), mine in at.items():
+        for other in {at.get((x + i, y + j, z), mine) for i in (-1, 0, 1) for j in (-1, 0, 1)} - {mine}:
+            assert colours[other] != colours[mine]
+    assert torus.farthest(shape, list(places.values()), list(group.values())) == 2, "squares of 2 × 2"
+    assert torus.farthest((6,), [(0,), (5,), (2,)], [0, 0, 0]) == 3, "a ring: 5 and 2 are 3 apart, 0 and 5 are 1"
+    drawn = torus.torus(shape, places, group, "tensor")
+    assert "60 tensor groups" in drawn.caption
+    assert "at most 2 hops" in drawn.description

@@ -11,6 +11,7 @@ from tozan.errors import Problem, UserError
 from tozan.report.drawing import Figure
 from tozan.report.figures import pipeline, plans
 from tozan.report.figures.plans import size
+from tozan.report.figures.torus import torus as torus_map
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
 from tozan.report.words import Tile, amount, percent, scaled, seconds, three
@@ -101,10 +102,10 @@ def _pipeline(plan: Plan) -> Figure | None:
 
 def _torus(plan: Plan, layout: Mapping[str, Any]) -> Figure | None:
     """Ranks on the torus, coloured by the replica they belong to, or by pipeline stage."""
-    torus = plan.get("torus")
-    if not torus:
+    found = plan.get("torus")
+    if not found:
         return None
-    table = torus.get("ranks") or []
+    table = found.get("ranks") or []
     places = {int(k): v for k, v in table.items()} if isinstance(table, dict) else dict(enumerate(table))
     axis = "pipeline" if int(layout.get("pp", 1)) > 1 else "tensor" if int(layout.get("tp", 1)) > 1 else "data"
     parts = {"pipeline": "pp", "tensor": "tp", "data": "dp"}
@@ -113,7 +114,7 @@ def _torus(plan: Plan, layout: Mapping[str, Any]) -> Figure | None:
         group = {rank: rank // each for rank in places}
     else:
         group = {rank: rank // max(1, int(layout.get(parts["tensor"], 1))) for rank in places}
-    return plans.torus(torus["shape"], places, group, axis)
+    return torus_map(found["shape"], places, group, axis)
 
 
 def name_of(one: Mapping[str, Any]) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil, prod
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from tozan.report.drawing import Figure, figure, rows_csv
-from tozan.report.marks import BLUE, GREY, MUTED, SERIES, Cell, bare, cells, key
+from tozan.report.marks import BLUE, GREY, MUTED, SERIES, bare, key
 from tozan.report.words import percent, seconds, time_tick
-
-MOST_CELLS = 4_096
 
 
 def memory(parts: Mapping[str, float], available: float | None = None, what: str = "the fullest rank") -> Figure | None:
@@ -63,70 +60,6 @@ def size(value: float) -> str:
         if value >= step:
             return f"{value / step:.3g} {unit}"
     return f"{value:.0f} B"
-
-
-def torus(
-    shape: Sequence[int], places: Mapping[int, Sequence[int]], group: Mapping[int, int], axis: str
-) -> Figure | None:
-    """Which rank sits where on a torus, as its slices side by side, coloured by the group it belongs to.
-
-    Args:
-        shape: lengths of the torus.
-        places: coordinates of each rank's node.
-        group: number of each rank's group along `axis`.
-        axis: the mesh axis whose groups are coloured.
-    """
-    if not shape or not places or prod(shape) > 10**7:
-        return None
-    across, down = (shape[0], shape[1]) if len(shape) > 1 else (shape[0], 1)
-    slices = prod(shape[2:]) if len(shape) > 2 else 1
-    most = max(1, MOST_CELLS // (across * down))
-    shown = min(slices, most)
-    columns = max(1, min(shown, round((shown * 1.8 * down / across) ** 0.5) or 1))
-    rows = ceil(shown / columns)
-    by_slice: dict[int, list[tuple[int, int, int]]] = {}
-    for rank, place in places.items():
-        number = 0
-        for length, coordinate in zip(shape[2:], place[2:], strict=True):
-            number = number * length + int(coordinate)
-        by_slice.setdefault(number, []).append((rank, int(place[0]), int(place[1]) if len(place) > 1 else 0))
-    numbered, used = across * columns <= 16, len(places)
-    ordered = len(set(group.values())) > 3 * len(SERIES)
-
-    def draw(axes: Axes, narrow: bool) -> None:
-        filled = []
-        for number in range(shown):
-            left, top = number % columns * (across + 0.7), number // columns * (down + 0.9)
-            for rank, x, y in by_slice.get(number, []):
-                which = group.get(rank, 0)
-                colour = BLUE if ordered else SERIES[which % len(SERIES)]
-                alpha = 0.1 + 0.85 * rank / used if ordered else 0.6 - 0.15 * (which // len(SERIES))
-                filled.append(Cell(left + x + 0.04, top + y + 0.04, 0.92, 0.92, colour, alpha))
-                if numbered and not narrow:
-                    axes.annotate(str(rank), (left + x + 0.5, top + y + 0.52), ha="center", va="center", fontsize=9.6)
-        cells(axes, filled)
-        axes.set_xlim(-0.1, columns * (across + 0.7))
-        axes.set_ylim(rows * (down + 0.9), -0.1)
-        axes.set_aspect("equal")
-        bare(axes)
-        axes.yaxis.set_visible(False)
-        axes.set_title(f"slices of {across} × {down} nodes", loc="left", fontsize=10.5, color=MUTED, pad=6)
-
-    sides = " × ".join(map(str, shape))
-    shade = "the darker, the higher its rank" if ordered else f"the colour is its {axis} group"
-    words = (
-        f"{used:,} ranks on a torus of {sides} nodes, drawn in {slices:,} slices of {across} × {down}; a square is a "
-        f"rank, {shade}."
-    )
-    data = rows_csv(
-        ("rank", *(f"x{i}" for i in range(len(shape))), f"{axis}_group"),
-        [(rank, *place, group.get(rank, 0)) for rank, place in sorted(places.items())],
-    )
-    caption = f"A square is a rank, a block is a slice of the torus ({sides}); {shade}."
-    if shown < slices:
-        caption += f" The first {shown} of {slices} slices."
-    height = min(620.0, max(120.0, 40 + 540.0 * rows * (down + 0.9) / (columns * (across + 0.7))))
-    return figure("torus", "Where the ranks sit", words, draw, data, caption, height)
 
 
 def layouts(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure | None:
