@@ -27,6 +27,9 @@ def page(result: Result) -> list[object]:
     parts += _section("process", _process(machine, process, result))
     parts += _section("network", _network(machine, result.facts["launcher"]))
     parts += ["", Text("matrix products, FLOP/s", style="bold"), _indented(_products(result))]
+    parts += [
+        Padding(Text(f"nominal, {name}: {peak.how}", style="dim"), (0, 0, 0, 2)) for name, peak in result.peaks.items()
+    ]
     parts += ["", Text("all_reduce between two processes, bus bandwidth", style="bold"), _indented(_routes(result))]
     for name, by_operation in result.facts["backends"].items():
         parts += [
@@ -115,9 +118,9 @@ def _products(result: Result) -> Table:
     lines = []
     for name in dict.fromkeys(row["precision"] for row in rows):
         peak = result.peaks.get(name)
-        nominal = [f"{scaled(peak.nominal, 'FLOP/s')} = {peak.how}" if peak.nominal else peak.how] if peak else ["—"]
-        lines.append((name, *(scaled(rates[name, count], "FLOP/s") for count in threads), *nominal))
-    headings = ("", *(f"{count} thread{'s' if count > 1 else ''}" for count in threads), "nominal, all cores")
+        nominal = scaled(peak.nominal, "FLOP/s") if peak and peak.nominal else "—"
+        lines.append((name, *(scaled(rates[name, count], "FLOP/s") for count in threads), nominal))
+    headings = ("", *(f"{count} thread{'s' if count > 1 else ''}" for count in threads), "nominal")
     return table(headings, lines)
 
 
