@@ -56,6 +56,7 @@ def write_timeline(run: Path, rank: int, stage: int, times: float) -> None:
         "step": 100, "rank": rank, "stage": stage, "at": 1.8e9 + rank * 0.01, "memory": 2_000_000_000,
         "phases": [["data", 0.0, begin], ["other", begin, end], ["optimizer", end, end + 0.05]],
         "collectives": [["recv", "pp", "pipeline forward", 0, 0.01, 0.02, 0.01],
+                        ["send", "pp", "pipeline backward", 512, 0.02, 0.02, 0.0],
                         ["reduce_scatter", "dp", "gradients of blocks.0", 4096, end, 0.02, 0.01]],
         "actions": [[*s.action, s.start + begin, s.end + begin] for s in steps if s.stage == stage],
         "pipeline": [begin, end],

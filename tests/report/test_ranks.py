@@ -70,6 +70,19 @@ def test_the_measured_pipeline_is_laid_out_as_it_ran(run):
     assert pipeline.idle(steps, STAGES) > pipeline.idle(plan, STAGES)
 
 
+def overlapping(spans):
+    """Pairs of complete events of one track that neither nest nor follow each other: readers drop or misplace them."""
+    found, tracks = [], {}
+    for event in sorted(spans, key=lambda e: (e["ts"], -e["dur"])):
+        open_ones = tracks.setdefault((event["pid"], event["tid"]), [])
+        while open_ones and open_ones[-1]["ts"] + open_ones[-1]["dur"] <= event["ts"] + 1e-6:
+            open_ones.pop()
+        if open_ones and event["ts"] + event["dur"] > open_ones[-1]["ts"] + open_ones[-1]["dur"] + 1e-6:
+            found.append((open_ones[-1]["name"], event["name"]))
+        open_ones.append(event)
+    return found
+
+
 def test_the_trace_is_in_the_format_that_perfetto_opens(run, tmp_path):
     """Trace Event Format, JSON object form: complete events ("X") nest within a track, metadata ("M") names tracks."""
     found = json.loads(trace.write(run, tmp_path / "trace.json").read_text())
@@ -82,6 +95,7 @@ def test_the_trace_is_in_the_format_that_perfetto_opens(run, tmp_path):
         assert event["ts"] >= 0
         assert event["dur"] >= 0
         assert (event["pid"], event["tid"]) in named
+    assert overlapping(spans) == []
     records = [e for e in spans if e["pid"] == 3 and e["cat"] == "records"]
     steps = [e for e in records if e["name"].startswith("step ")]
     assert len(steps) == trace.NEWEST

@@ -102,7 +102,9 @@ def run(work: Work) -> Result:
         rows += [_row(one, share, rates, precision, threads, tensor, peak) for tensor, one, share, rates in found]
         if threads == max(work.threads):
             peaks[precision] = peak
-    return measure.made("gemm", rows, vars(work), peaks=peaks, notes=_notes(work))
+    with measure.threads(max(work.threads)):
+        bandwidth = median(measure.copy_rates(work.seconds))
+    return measure.made("gemm", rows, vars(work), peaks=peaks, bandwidth=bandwidth, notes=_notes(work))
 
 
 def step_products(

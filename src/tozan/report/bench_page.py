@@ -12,7 +12,7 @@ from tozan.report.drawing import Figure
 from tozan.report.figures import kernels, rates, scaling, steps
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, percent, scaled, seconds
+from tozan.report.words import Tile, percent, scaled, seconds, three
 
 KINDS = {
     "gemm": "matrix products of a step",
@@ -93,6 +93,8 @@ def summary(result: Result, drawn: Sequence[Figure]) -> list[str]:
     if result.kind == "doctor":
         return [doctor_tables.summary(result)]
     if drawn:
+        if result.kind == "io":
+            return [_readers(result)]
         return [f"{KINDS[result.kind].capitalize()}: {drawn[0].description}"]
     first = ", ".join(f"{row.name}: {shown(row)}" for row in result.rows[:3])
     return [f"{KINDS[result.kind].capitalize()}: {first}."] if first else []
@@ -145,6 +147,15 @@ def tables(result: Result, drawn: Sequence[Figure]) -> list[Table]:
     return [Table(KINDS[result.kind].capitalize(), rows[:MOST_ROWS], note, ("what", "median", "interval", "repeats"))]
 
 
+def _readers(result: Result) -> str:
+    """The fastest and the slowest reader, in a sentence."""
+    rows = sorted((row for row in result.rows if row.get("p50_seconds")), key=lambda row: -row.median)
+    if not rows:
+        return ""
+    ends = f"{three(rows[0].median)} reads a second by {rows[0].name}, {three(rows[-1].median)} by {rows[-1].name}"
+    return f"Documents in random order: {ends}."
+
+
 def shown(row: Row) -> str:
     """A row's median with its unit."""
     return _text(row, row.median)
@@ -164,9 +175,24 @@ def _tiles(results: Sequence[Result]) -> list[Tile]:
             made.setdefault(precision, Tile(f"Peak, {precision}", scaled(peak.measured, "FLOP/s"), remark))
         if result.bandwidth:
             made.setdefault("bandwidth", Tile("Memory", scaled(result.bandwidth, "B/s"), "large copy"))
+        if result.kind == "step":
+            made |= _step_tiles(result)
         if result.kind == "scaling" and (found := scaling.points(result)):
             made["scaling"] = Tile("Ranks", f"{found[-1].ranks:,}", f"from {found[0].ranks:,}")
     return list(made.values())
+
+
+def _step_tiles(result: Result) -> dict[str, Tile]:
+    """Speed of the whole step and its shares of both peaks."""
+    whole = next((row for row in result.rows if row.get("tokens_per_second")), None)
+    if whole is None:
+        return {}
+    share = f", {percent(whole['nominal_share'])} of nominal" if whole.get("nominal_share") else ""
+    return {
+        "speed": Tile("Speed", three(whole["tokens_per_second"]), "tokens/s, median step"),
+        "flops": Tile("Model FLOP/s", scaled(whole["flops_per_second"], "FLOP/s"), "3 × forward"),
+        "mfu": Tile("MFU", percent(whole["mfu"]), f"of the best product{share}"),
+    }
 
 
 def _machine(result: Result) -> Table:
@@ -188,4 +214,4 @@ def _plain(value: object) -> bool:
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
-    return [f"{note[0].upper()}{note[1:]}." for result in results for note in result.notes]
+    return [f"{note[0].upper()}{note[1:].rstrip('.')}." for result in results for note in result.notes]

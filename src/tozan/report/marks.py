@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
@@ -121,12 +121,24 @@ def key(axes: Axes, names: Iterable[tuple[str, str]], narrow: bool, below: float
     )  # fmt: skip
 
 
+class _FewPowers(LogLocator):
+    """Powers of ten, and their doubles and fivefolds where the axis spans no more than two of them."""
+
+    def __init__(self) -> None:
+        super().__init__(base=10.0, numticks=6)
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        """The places of the ticks between two values."""
+        self.set_params(subs=(1.0, 2.0, 5.0) if vmax < 100 * vmin else (1.0,))
+        return super().tick_values(vmin, vmax)
+
+
 def powers(axes: Axes, which: str = "both") -> None:
     """Logarithmic axes with a few round ticks."""
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         if which in ("both", name):
             (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-            axis.set_major_locator(LogLocator(base=10.0, numticks=6))
+            axis.set_major_locator(_FewPowers())
             axis.set_minor_locator(NullLocator())
             axis.set_minor_formatter(NullFormatter())
 

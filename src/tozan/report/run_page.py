@@ -280,6 +280,8 @@ def _origin(origin: str) -> str:
 
 def value_text(value: object) -> str:
     """A value of a config or a description as people read it."""
+    if value is None:
+        return "—"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):

@@ -17,8 +17,8 @@ from tozan.report.ranks import Timeline, timeline
 from tozan.report.words import phase_words
 
 Event = dict[str, Any]
-PHASES, ACTIONS, MESSAGES, RECORDS = range(4)
-TRACKS = ("phases", "pipeline", "messages", "records")
+PHASES, ACTIONS, RECORDS, MESSAGES = range(4)
+TRACKS = ("phases", "pipeline", "records", "messages")
 NEWEST = 50
 """Records of each rank that are drawn."""
 
@@ -38,25 +38,28 @@ def write(run: Path, out: Path) -> Path:
     if not events:
         what = "has no breakdown: it has not made a step yet, or was made by an older tozan"
         raise UserError(Problem(str(run), what, "name the folder of a run"))
-    ranks = sorted({event["pid"] for event in events})
-    text = json.dumps({"displayTimeUnit": "ms", "traceEvents": [*_names(ranks), *events]})
+    rows = sorted({(event["pid"], event["tid"]) for event in events})
+    text = json.dumps({"displayTimeUnit": "ms", "traceEvents": [*_names(rows), *events]})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return out
 
 
-def _names(ranks: list[int]) -> Iterator[Event]:
-    for rank in ranks:
+def _names(rows: list[tuple[int, int]]) -> Iterator[Event]:
+    for rank in sorted({rank for rank, _ in rows}):
         yield {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}}
         yield {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}}
-        for track, name in enumerate(TRACKS):
-            yield {"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": name}}
+    for rank, track in rows:
+        name = TRACKS[min(track, MESSAGES)]
+        yield {"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": name}}
+        yield {"ph": "M", "pid": rank, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}}
 
 
 def _span(rank: int, track: int, name: str, start: float, length: float, **more: Any) -> Event:
     """A complete event; times in the format's microseconds."""
     args = {"args": more} if more else {}
-    times = {"ts": round(1e6 * start, 1), "dur": round(1e6 * max(length, 0.0), 1)}
+    begin, end = (round(1e6 * at, 3) for at in (start, start + max(length, 0.0)))
+    times = {"ts": begin, "dur": round(end - begin, 3)}  # from rounded ends, so that what nests still does
     return {"ph": "X", "pid": rank, "tid": track, "name": name, "cat": TRACKS[track], **times, **args}
 
 
@@ -68,9 +71,23 @@ def _detail(found: Timeline | None) -> Iterator[Event]:
         for kind, microbatch, chunk, start, end in one.get("actions", ()):
             name = f"{kind.replace('_', ' ')} {microbatch}"
             yield _span(rank, ACTIONS, name, shift + start, end - start, chunk=chunk)
-        for operation, axis, name, sent, start, transfer, wait in one["collectives"]:
+        busy: list[float] = []
+        for operation, axis, name, sent, start, transfer, wait in sorted(one["collectives"], key=lambda one: one[4]):
             more = {"axis": axis, "bytes": sent, "wait_ms": round(1e3 * wait, 3)}
-            yield _span(rank, MESSAGES, f"{operation} {name}", shift + start, transfer, **more)
+            span = _span(rank, MESSAGES, f"{operation} {name}", shift + start, transfer, **more)
+            yield span | {"tid": MESSAGES + _lane(busy, span)}
+
+
+def _lane(busy: list[float], span: Event) -> int:
+    """The first row that is free when a message starts: Perfetto drops events of one row that overlap in part.
+
+    Args:
+        busy: when each row's last message ends; a row is added if all are taken.
+        span: the message.
+    """
+    lane = next((i for i, end in enumerate(busy) if end <= span["ts"]), len(busy))
+    busy[lane : lane + 1] = [span["ts"] + span["dur"]]
+    return lane
 
 
 def _records(run: Path, found: Timeline | None) -> Iterator[Event]:
@@ -83,8 +100,9 @@ def _records(run: Path, found: Timeline | None) -> Iterator[Event]:
             yield _span(rank, RECORDS, f"step {record['step']}", at, record["seconds"])
             inner = at
             for phase, seconds in record["phases"].items():
-                yield _span(rank, RECORDS, phase_words(phase), inner, seconds)
-                inner += max(seconds, 0.0)
+                end = min(inner + max(seconds, 0.0), at + record["seconds"])
+                yield _span(rank, RECORDS, phase_words(phase), inner, end - inner)
+                inner = end
             at += record["seconds"]
 
 

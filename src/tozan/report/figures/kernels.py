@@ -130,7 +130,10 @@ def slowest_products(result: Result, most: int = 12) -> list[tuple[str, ...]]:
         group = row.get("precision"), row.get("tensor")
         totals[group] = totals.get(group, 0.0) + times[row.name]
     made: list[tuple[str, ...]] = []
-    for row in sorted(rows, key=lambda row: -times[row.name])[:most]:
+    precisions = list(dict.fromkeys(row.get("precision") for row in rows))
+    slowest = sorted(rows, key=lambda row: -times[row.name])
+    each = ceil(most / max(1, len(precisions)))
+    for row in (row for one in precisions for row in [r for r in slowest if r.get("precision") == one][:each]):
         peak = result.peaks.get(str(row.get("precision")))
         batch = f"{int(row.get('batch', 1)):,} × " if int(row.get("batch", 1)) > 1 else ""
         name = f"{row['product']}, {row['direction']}" if row.get("product") else row.name
@@ -183,9 +186,9 @@ def collectives(result: Result) -> Figure | None:
         key(axes, list(colours.items()), narrow, -0.2)
 
     best = sorted(
-        ((max(rate for _, rate in points), ", ".join(label)) for label, points in curves.items()), reverse=True
+        ((max(rate for _, rate in points), " ".join(label)) for label, points in curves.items()), reverse=True
     )
-    words = "Best bandwidth: " + ", ".join(f"{name} {scaled(rate, 'B/s')}" for rate, name in best[:6]) + "."
+    words = "best bandwidth: " + ", ".join(f"{name} {scaled(rate, 'B/s')}" for rate, name in best[:6]) + "."
     data = rows_csv(
         (*(told or ["operation"]), "bytes", "bytes_per_second"),
         [(*label, *point) for label, points in curves.items() for point in points],

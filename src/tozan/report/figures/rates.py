@@ -62,13 +62,13 @@ def bars(
     mark: Callable[[Row], float | None] = lambda _: None,
     caption: str = "",
 ) -> Figure | None:
-    """A bar for each row with its name above it, and the interval of its median.
+    """A bar for each row with its name and value above it, and the interval of its median.
 
     Args:
         name: of the figure.
         title: of the figure.
         rows: of one unit.
-        say: the value as text, at the end of the bar.
+        say: the value as text.
         mark: a value to mark on the bar's line, such as a nominal peak.
         caption: what the mark is; empty if there is none.
     """
@@ -76,19 +76,16 @@ def bars(
         return None
     ends = [max(row.high, mark(row) or 0.0) for row in rows]
 
-    def draw(axes: Axes, narrow: bool) -> None:
-        for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
+    def draw(axes: Axes, _narrow: bool) -> None:
+        for place, row in enumerate(rows):
             y = place + 0.2
             axes.barh(y, max(row.median, SHORTEST * max(ends)), height=0.34, color=BLUE)
             if row.high > row.low:
                 axes.plot([row.low, row.high], [y, y], color=GREY, linewidth=1.6, solid_capstyle="butt")
             if at := mark(row):
                 axes.plot([at, at], [y - 0.26, y + 0.26], color=AMBER, linewidth=1.8, solid_capstyle="butt")
-            axes.annotate(
-                say(row), (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.8, color=INK
-            )
-            axes.annotate(_label(row), (0, place - 0.2), va="center", fontsize=9.6, color=MUTED)
-        axes.set_xlim(0, max(ends) * (1.75 if narrow else 1.4))
+            axes.annotate(f"{_label(row)}: {say(row)}", (0, place - 0.2), va="center", fontsize=9.8, color=INK)
+        axes.set_xlim(0, max(ends) * 1.02)
         axes.set_ylim(len(rows) - 0.4, -0.5)
         bare(axes)
         axes.yaxis.set_visible(False)
@@ -107,7 +104,9 @@ def _label(row: Row) -> str:
         route = {"lo": "loopback"}.get(row.get("route", ""), row.get("route"))
         parts = (row["operation"].replace("_", " "), f"over {route}" if route else "", row.get("dtype") or "")
         return ", ".join(part for part in (*parts, f"{row['ranks']} ranks") if part)
-    return row.name.replace(" 1 threads", ", 1 thread").removeprefix("matrix product ")
+    if row.get("threads"):
+        return f"{row['precision']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    return row.name
 
 
 def _latencies(rows: Sequence[Row]) -> Figure | None:

@@ -35,7 +35,7 @@ def of_bench(result: Result) -> Figure | None:
         axes.invert_yaxis()
         bare(axes)
         axes.set_xlim(0, max(row.median for row in rows) * (2.0 if narrow else 1.4))
-        key(axes, [("measured", BLUE), ("floor: peak FLOP/s and bandwidth", GREY)], narrow)
+        key(axes, [("measured", BLUE), ("floor: its products and its memory traffic alone", GREY)], narrow)
 
     said = ", ".join(f"{phase_words(row.name)} {seconds(row.median)}" for row in rows)
     data = rows_csv(

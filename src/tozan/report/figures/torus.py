@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tozan.report.drawing import Figure, figure, rows_csv
-from tozan.report.marks import MUTED, SERIES, Cell, bare, cells
+from tozan.report.marks import MUTED, SERIES, Cell, bare, cells, key
 
 MOST_CELLS = 4_096
 LARGEST = 10**7
@@ -42,6 +42,7 @@ def torus(
     rows = ceil(shown / columns)
     by_slice = _slices(shape, places, shown)
     colours = _colours(by_slice, group)
+    known = sorted(colours)
     numbered = across * columns <= 16
 
     def draw(axes: Axes, narrow: bool) -> None:
@@ -58,6 +59,8 @@ def torus(
         axes.set_aspect("equal")
         bare(axes)
         axes.yaxis.set_visible(False)
+        if len(known) <= len(SERIES):
+            key(axes, [(f"{axis} {one}", colours[one]) for one in known], narrow)
         axes.set_title(f"slices of {across} × {down} nodes", loc="left", fontsize=10.5, color=MUTED, pad=6)
 
     sides, many = " × ".join(map(str, shape)), len(set(group.values()))
