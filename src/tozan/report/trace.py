@@ -58,8 +58,9 @@ def _names(rows: list[tuple[int, int]]) -> Iterator[Event]:
 def _span(rank: int, track: int, name: str, start: float, length: float, **more: Any) -> Event:
     """A complete event; times in the format's microseconds."""
     args = {"args": more} if more else {}
-    begin, end = (round(1e6 * at, 3) for at in (start, start + max(length, 0.0)))
-    times = {"ts": begin, "dur": round(end - begin, 3)}  # from rounded ends, so that what nests still does
+    # Whole numbers, each end rounded by itself: what nests or follows still does, where readers add ts and dur.
+    begin, end = (round(1e6 * at) for at in (start, start + max(length, 0.0)))
+    times = {"ts": begin, "dur": end - begin}
     return {"ph": "X", "pid": rank, "tid": track, "name": name, "cat": TRACKS[track], **times, **args}
 
 
