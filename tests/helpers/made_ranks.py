@@ -133,6 +133,35 @@ def make_collectives(path: Path) -> Path:
     return path
 
 
+def make_io(path: Path) -> Path:
+    """Two readers, cold and warm, and samples through the trainer's own."""
+    own = {"p50_seconds": 3e-6, "p99_seconds": 4e-3}
+    rows = [
+        Row.of(f"{reader}, {state}", "1/s", [0.9 * rate, rate, 1.1 * rate], reader=reader, state=state, **own)
+        for reader, rate in (("one file each", 1e5), ("tar shards, index", 6e5))
+        for state in ("cold", "warm")
+    ]
+    rows.append(Row.of("samples of 1,025 tokens, 8 at a time, start", "1/s", [9e3, 1e4], reader="x", state="warm"))
+    Result(kind="io", rows=rows, **MADE).write(path)
+    return path
+
+
+def make_doctor(path: Path) -> Path:
+    """Products in two precisions, memory, one route, one problem."""
+    rows = [
+        Row.of(f"matrix product {name} {threads} threads", "FLOP/s", [rate * threads], precision=name, threads=threads)
+        for name, rate in (("bf16", 5e10), ("fp32", 2e10))
+        for threads in (1, 48)
+    ]
+    rows.append(Row.of("new buffer of 64 MiB, as started", "s", [0.05, 0.06]))
+    peaks = {"bf16": Peak(measured=2.4e12, nominal=3e12, how="48 cores × 32 FLOP a cycle"), "fp32": Peak(measured=1e12)}
+    problem = {"name": "load", "what": "busy", "cost": "half the time", "source": "measured here", "fix": "top"}
+    backends = {"gloo": {"all_reduce sum": {"fp32": "ok", "bf16": "rounded", "fp8": "no"}}}
+    facts = {"backends": backends}
+    Result(kind="doctor", rows=rows, peaks=peaks, problems=[problem], facts=facts, **MADE).write(path)
+    return path
+
+
 def make_step(path: Path) -> Path:
     """The phases of a step and what this machine would need for each at least."""
     parts = {"forward": (0.9, 0.6), "backward": (1.8, 1.2), "optimizer": (0.2, 0.15), "data": (0.01, 0.001)}

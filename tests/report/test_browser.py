@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from made_ranks import add_ranks, make_collectives, make_gemm, make_plan, make_scaling, make_step
+from made_ranks import add_ranks, make_collectives, make_doctor, make_gemm, make_io, make_plan, make_scaling, make_step
 from made_run import make_run
 
 from tozan import report
@@ -117,7 +117,10 @@ def browser(tmp_path_factory):
 PAGES = {
     "run": ["loss", "throughput", "phases", "gradient-norm", "learning-rate"],
     "ranks": ["loss", "throughput", "phases", "ranks", "pipeline", "transfers", "gradient-norm", "learning-rate"],
-    "bench": ["roofline", "collectives", "step", "strong-scaling", "strong-breakdown"],
+    "bench": [
+        *("roofline", "collectives", "reads", "read-latency", "step", "strong-scaling", "strong-breakdown"),
+        *("products", "buffers"),
+    ],
     "plan": ["layouts", "plan-breakdown", "memory", "pipeline", "torus", "strong-curve"],
 }
 
@@ -126,7 +129,14 @@ PAGES = {
 def addresses(tmp_path_factory):
     """One page of each kind."""
     base = tmp_path_factory.mktemp("pages")
-    for make, name in ((make_gemm, "g"), (make_collectives, "c"), (make_step, "p"), (make_scaling, "s")):
+    for make, name in (
+        (make_gemm, "g"),
+        (make_collectives, "c"),
+        (make_io, "i"),
+        (make_doctor, "d"),
+        (make_step, "p"),
+        (make_scaling, "s"),
+    ):
         make(base / "bench" / f"{name}.json")
     make_run(base / "run")
     add_ranks(make_run(base / "ranks"), 64, 40)
