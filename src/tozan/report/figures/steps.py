@@ -175,7 +175,8 @@ def heat_map(ranks: Ranks | None, slow: list[Slow]) -> Figure | None:
         for tick, i in zip(axes.get_yticklabels(), shown, strict=True):
             tick.set_color(RED if i in red else MUTED)
         axes.set_xticks([i + 0.5 for i in range(len(names))], [_short(name) for name in names], fontsize=9.5)
-        axes.tick_params(axis="x", labeltop=True, labelbottom=False, labelrotation=62 if narrow else 28, pad=1)
+        turned = 90 if narrow and len(names) > 10 else 62 if narrow or len(names) > 10 else 28
+        axes.tick_params(axis="x", labeltop=True, labelbottom=False, labelrotation=turned, pad=1)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("left")
             label.set_rotation_mode("anchor")
