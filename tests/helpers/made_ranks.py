@@ -153,7 +153,8 @@ def make_doctor(path: Path) -> Path:
         for name, rate in (("bf16", 5e10), ("fp32", 2e10))
         for threads in (1, 48)
     ]
-    rows.append(Row.of("new buffer of 64 MiB, as started", "s", [0.05, 0.06]))
+    for what in ("new buffer, as started", "new buffer, as tozan sets it", "small pages", "huge pages"):
+        rows.append(Row.of(f"{what}: 64 MiB", "s", [0.05, 0.06]))
     peaks = {"bf16": Peak(measured=2.4e12, nominal=3e12, how="48 cores × 32 FLOP a cycle"), "fp32": Peak(measured=1e12)}
     problem = {"name": "load", "what": "busy", "cost": "half the time", "source": "measured here", "fix": "top"}
     backends = {"gloo": {"all_reduce sum": {"fp32": "ok", "bf16": "rounded", "fp8": "no"}}}
