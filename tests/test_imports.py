@@ -41,7 +41,7 @@ ALLOWED = {
     "demo": {"train", "data", "report", "config", "models", "planner", "files"},
     "api": {"train", "data", "checkpoint", "models", "report", "config", "planner", "bench"},
     "cli_words": set(),
-    "cli_plan": {"cli_words", "planner"},
+    "cli_plan": {"cli_words", "planner", "report"},
     "cli_bench": {"cli_words", "bench"},
     "cli_chaos": {"cli_words", "recovery", "chaos", "config", "comm"},
     "cli_report": {"cli_words", "api", "report"},

@@ -34,7 +34,7 @@ def plan() -> None:
 @click.option("--deadline", type=float, help="Days: find the fewest nodes that meet it.")
 @click.option("--budget", type=float, help="Money: find the nodes that finish soonest within it.")
 @click.option("--sweep", type=click.Choice(["strong", "weak", "both"]), help="Also price fewer nodes.")
-@click.option("--html", type=FOLDER, help="Write the answer as a page, too.")
+@click.option("--html", type=FOLDER, help="File for the page that tozan report draws of a plan.")
 @click.option("--out", type=FOLDER, help="Folder for plan.json (for tozan report), plan.toml and launch.sh.")
 def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, **options: Any) -> None:
     """Find the best layouts of MODEL: a preset, a config, or a size such as 13B."""
@@ -42,7 +42,12 @@ def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, *
 
     found = planner.plan(model, machine, **options)
     click.echo(found.text)
-    found.write(html, out)
+    if out:
+        found.write(out)
+    if html:
+        from tozan.report import write_plan
+
+        write_plan(found.data(), html)
 
 
 @plan.command("validate", epilog=examples("tozan plan validate --rows"))

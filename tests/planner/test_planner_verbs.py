@@ -3,24 +3,25 @@
 import subprocess
 import sys
 
-from tozan import cli
+from tozan.cli import main
 from tozan.config import load
 
 
 def test_plan_writes_what_it_says(tmp_path, capsys):
     page, out = tmp_path / "plan.html", tmp_path / "plan"
     words = ["plan", "gpt2-124m", "--machine", "xeon-amx", "--nodes", "2", "--tokens", "1e9"]
-    assert cli.main([*words, "--html", str(page), "--out", str(out)]) == 0
+    assert main([*words, "--html", str(page), "--out", str(out)]) == 0
     assert "Best layouts" in capsys.readouterr().out
-    assert "<html" in page.read_text()
+    assert main(["report", str(out), "--out", str(tmp_path / "same.html")]) == 0
+    assert page.read_text() == (tmp_path / "same.html").read_text(), "tozan report draws the same page of plan.json"
     assert load(out / "plan.toml").config.train.steps > 0
     assert (out / "launch.sh").read_text().startswith("#!/bin/bash")
 
 
 def test_talk_and_mistakes(capsys):
-    assert cli.main(["plan", "talk", "trends"]) == 0
+    assert main(["plan", "talk", "trends"]) == 0
     assert "Moore" in capsys.readouterr().out
-    assert cli.main(["plan", "gpt2-124m", "--machine", "abacus"]) == 2
+    assert main(["plan", "gpt2-124m", "--machine", "abacus"]) == 2
     assert "no machine and no file is called 'abacus'" in capsys.readouterr().err
 
 

@@ -80,7 +80,7 @@ def test_a_folder_shows_the_newest_of_each_kind(tmp_path):
 
 
 def test_a_plans_page_says_what_it_holds(tmp_path):
-    page = plan_page.page(make_plan(tmp_path / "plan"))
+    page = plan_page.page(plan_page.read(make_plan(tmp_path / "plan")))
     text = page.html()
     assert "126 days" in text
     assert "107 to 151" in text
@@ -90,7 +90,7 @@ def test_a_plans_page_says_what_it_holds(tmp_path):
     assert len({tuple(row[f"x{i}"] for i in range(5)) for row in rows}) == len(rows) == 96
     (tmp_path / "plan" / "plan.json").write_text('{"format": "tozan plan", "version": 2}')
     with pytest.raises(UserError, match="version 1"):
-        plan_page.page(tmp_path / "plan")
+        plan_page.read(tmp_path / "plan")
 
 
 def test_figures_come_to_a_notebook(tmp_path):

@@ -108,10 +108,6 @@ class Plan:
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     text: str = ""
 
-    def html(self) -> str:
-        """The same answer as a self-contained HTML page."""
-        return show.html(self)
-
     def config(self) -> str:
         """A config for `tozan train`, with what it cannot say as comments."""
         return show.config(self)
@@ -129,25 +125,19 @@ class Plan:
         """All of it as JSON can hold it: what `plan.json` has."""
         return export.data(self, self.job)
 
-    def write(self, page: Path | None = None, folder: Path | None = None) -> None:
-        """Write the HTML page to `page`, and `plan.json`, `plan.toml` and `launch.sh` into `folder`, if they are given.
+    def write(self, folder: Path) -> None:
+        """Write `plan.json` (which `tozan report` draws), `plan.toml` and `launch.sh` into `folder`.
 
         Raises:
             UserError: a place that cannot be written to.
         """
         try:
-            self._write(page, folder)
-        except OSError as error:
-            raise UserError(Problem(str(error.filename), f"cannot be written: {error.strerror}")) from None
-
-    def _write(self, page: Path | None, folder: Path | None) -> None:
-        if page:
-            page.write_text(self.html(), encoding="utf-8")
-        if folder:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "plan.json").write_text(export.text(self, self.job), encoding="utf-8")
             (folder / "plan.toml").write_text(self.config(), encoding="utf-8")
             (folder / "launch.sh").write_text(self.launch(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(Problem(str(error.filename), f"cannot be written: {error.strerror}")) from None
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""A plan as text, HTML, config and launch script."""
+"""A plan as text, config and launch script."""
 
 from __future__ import annotations
 
@@ -61,13 +61,6 @@ def text(plan: Plan, width: int = 118) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(render(plan))
     return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
-
-
-def html(plan: Plan) -> str:
-    """The plan as a self-contained page."""
-    console = Console(file=io.StringIO(), width=130, record=True)
-    console.print(render(plan))
-    return console.export_html(inline_styles=True)
 
 
 def _choices(plan: Plan) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tozan.errors import Problem, UserError
 
@@ -35,9 +35,30 @@ def write(path: Path, out: Path | None = None, sample: str | None = None, machin
     if found == "run":
         made = run_page.page(path, sample, machine)
     else:
-        made = (plan_page if found == "plan" else bench_page).page(path)
+        made = plan_page.page(plan_page.read(path)) if found == "plan" else bench_page.page(path)
     target = path / "report.html" if path.is_dir() else path.with_suffix(".html")
     return made.write(out or target)
+
+
+def write_plan(plan: dict[str, Any], out: Path) -> Path:
+    """Write the page of a plan that was just made.
+
+    Args:
+        plan: `planner.Plan.data()`.
+        out: the file to write.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from tozan.report import plan_page
+
+    try:
+        return plan_page.page(plan).write(out)
+    except OSError as error:
+        raise UserError(Problem(str(out), f"cannot be written: {error.strerror}")) from None
 
 
 def draw(path: Path, machine: str | None = None) -> dict[str, Figure]:

@@ -18,7 +18,7 @@ from tozan.report.words import Tile, amount, percent, scaled, seconds, three
 from tozan.schedules import Action, Step
 
 HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh", "cost")
-NOTE = "TFLOP/s are the model's, recomputation not counted, per device. Memory of the fullest device."
+NOTE = "TFLOP/s are the model's, recomputation not counted, per device, of the nominal peak. Memory of the fullest device."
 PLAN_FACTS = ("machine", "nodes", "devices_per_node", "stack", "precision", "global_batch", "steps", "tried")
 Plan = dict[str, Any]
 
@@ -43,13 +43,8 @@ def read(path: Path) -> Plan:
     return found
 
 
-def page(path: Path) -> Page:
-    """The page of a plan.
-
-    Raises:
-        UserError: no plan there.
-    """
-    plan = read(path)
+def page(plan: Plan) -> Page:
+    """The page of a plan: of what `read` has read, or `planner.Plan.data` says."""
     best = plan["layouts"][0]
     names = [name_of(one) for one in plan["layouts"]]
     rows = [_row(one, name) for one, name in zip(plan["layouts"], names, strict=True)]
@@ -62,11 +57,11 @@ def page(path: Path) -> Page:
         summary=_summary(plan, best, names),
         advice=[
             *plan.get("notes", []),
-            "Run it: the folder's `launch.sh` starts its `plan.toml`; `tozan report RUN --machine FILE` then sets this "
-            "prediction beside the measurement.",
+            "Run it: the `launch.sh` that `tozan plan ... --out` wrote starts its `plan.toml`; `tozan report RUN --machine "
+            "FILE` then sets this prediction beside the measurement.",
         ],
         figures=figures(plan),
-        wide=[Table("Best layouts", rows, NOTE, HEAD)],
+        wide=[Table("Best layouts" if plan.get("fits", True) else "Nothing fits; nearest layouts", rows, _note(best), HEAD)],
         facts=[
             Table("Model", [("model", model), *_plain(plan.get("shape"), plan.get("parameters"))]),
             Table("Plan", _plain({key: plan.get(key) for key in PLAN_FACTS})),
@@ -115,6 +110,14 @@ def _torus(plan: Plan, layout: Mapping[str, Any]) -> Figure | None:
     else:
         group = {rank: rank // max(1, int(layout.get(parts["tensor"], 1))) for rank in places}
     return torus_map(found["shape"], places, group, axis)
+
+
+def _note(best: Mapping[str, Any]) -> str:
+    """The table's conventions."""
+    if not best.get("checkpoint_minutes"):
+        return NOTE
+    every = three(float(best["checkpoint_minutes"]))
+    return f"{NOTE} Days include failures and checkpoints ({percent(float(best['overhead']))}, one every {every} min)."
 
 
 def name_of(one: Mapping[str, Any]) -> str:
