@@ -9,9 +9,12 @@ from tozan import models
 from tozan.layout import Layout
 from tozan.models.arithmetic import Shape, block_matrices
 from tozan.parallel import recompute
-from tozan.planner import local, traffic
+from tozan.planner import local, stacks, traffic
 from tozan.planner.books import Trip
+from tozan.planner.candidates import candidates
+from tozan.planner.layer import Job
 from tozan.planner.machine import Machine, Measured, Trainer, load
+from tozan.planner.memory import kept_activations
 from tozan.planner.resident import _activations, resident
 
 SHAPE = Shape("gpt2", 4, 256, 4, 4, 1024, 2048, 128)
@@ -66,10 +69,35 @@ def test_communication_is_what_the_ledger_counts_at_the_measured_rate():
     assert phases["communication/world"] == pytest.approx(len(sent) * 1e-4 + sum(sent) / 1e9)
 
 
+def test_stages_take_what_their_layers_and_recomputation_take():
+    """Three of four blocks on the first stage, which also computes them again: on one core each."""
+    whole = local.step(trip(), machine(1), "bf16")
+    uneven = dataclasses.replace(trip(pp=2), split=(3, 1), recompute_stages=("full", "none"))
+    phases = local.step(uneven, machine(2), "bf16")
+    assert phases["forward"] == pytest.approx(3 / 4 * whole["forward"])
+    assert phases["backward"] == pytest.approx(3 / 4 * (whole["backward"] + whole["forward"]))
+    turns = local.step(uneven, machine(1), "bf16")
+    assert turns["backward"] == pytest.approx(whole["backward"] + 3 / 4 * whole["forward"])
+
+
+def test_a_ring_shares_tokens_and_the_causal_half():
+    """n ranks on one core do one rank's products; each of the ring's n steps attends to half a block of T/n tokens."""
+    flop = {"attention_forward": (1e-12, 0, 0, 0), "attention_backward": (3e-12, 0, 0, 0)}
+    tools = machine(1).model_copy(update={"trainer": (UNIT.model_copy(update=flop),)})
+    alone, ring = (local.step(trip(**layout), tools, "bf16") for layout in ({}, {"cp": 2}))
+    assert ring["forward"] == pytest.approx(alone["forward"])
+    assert ring["backward"] == pytest.approx(alone["backward"])
+    measured = {"ring_forward": (2e-12, 0, 0, 0), "ring_backward": (3e-12, 0, 0, 0)}
+    slower = tools.model_copy(update={"trainer": (UNIT.model_copy(update=flop | measured),)})
+    scores = 4 * 4 * 2 * 4 * 128 * 128 / 2  # micro-batches, blocks, samples, heads, causal half
+    found = local.step(trip(cp=2), slower, "bf16")
+    assert found["forward"] - ring["forward"] == pytest.approx(1e-12 * 4 * scores * 64)
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_block_keeps_what_autograd_keeps(family, mode):
-    """Bytes of the tensors that a real block saves in bf16, its weights' copies left out."""
+    """Bytes of the tensors that a real block saves in bf16, its weights' copies left out; the search counts alike."""
     shape = dataclasses.replace(SHAPE, family=family, kv_heads=2, mlp_width=640, sequence=160)
     model = models.create(shape, 0)
     recompute.apply(model, mode)
@@ -93,7 +121,9 @@ def test_a_block_keeps_what_autograd_keeps(family, mode):
     assert y.shape == x.shape
     trip = Trip(shape, Layout(), micro_batch=2, accumulate=1, item=2, recompute=mode)
     # Beside what counts: variances, one number per token, and the tables of rotary positions.
-    assert bytes_kept == pytest.approx(_activations(trip), rel=0.02)
+    assert bytes_kept == pytest.approx(_activations(trip, mode), rel=0.02)
+    job = Job(shape, machine(1), stacks.TOZAN, 2, "bf16")
+    assert float(kept_activations(job, candidates(micro_batch=2, recompute=mode))[0]) == _activations(trip, mode)
 
 
 def test_more_is_held_with_more_at_once():

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tozan.bench.measure import times
 from tozan.models.arithmetic import Shape
 from tozan.models.layers import Attention
 from tozan.ops import gelu, linear_cross_entropy, swiglu
 from tozan.optim.adamw import AdamW
 from tozan.optim.gradients import norm_of_sums, scale_gradients, squares_of, sums_of_squares
+from tozan.parallel import context
 
 LINEARS = (
     (4096, 768, 2304),
@@ -72,8 +74,8 @@ def measure(precision: str, seconds: float, shrink: int = 1) -> dict[str, list[f
     attentions = [(b, h, max(8, t // shrink), s) for b, h, t, s in ATTENTIONS]
     found: dict[str, list[float]] = {}
 
-    def note(name: str, terms: list[list[float]], times: list[Times]) -> None:
-        for direction, values in zip(("forward", "backward"), zip(*times, strict=True), strict=True):
+    def note(name: str, terms: list[list[float]], taken: list[Times]) -> None:
+        for direction, values in zip(("forward", "backward"), zip(*taken, strict=True), strict=True):
             found[f"{name}_{direction}"] = fit(terms, list(values))
 
     note(
@@ -85,15 +87,13 @@ def measure(precision: str, seconds: float, shrink: int = 1) -> dict[str, list[f
     inner = [(n, 4 * d) for n, d in streams]
     note("gelu", [[n * f, 1] for n, f in inner], [_activation(dtype, seconds, False, *size) for size in inner])
     note("swiglu", [[n * f, 1] for n, f in inner], [_activation(dtype, seconds, True, *size) for size in inner])
-    note(
-        "attention",
-        [[2.0 * b * h * t * t * s, b * h * t * t / 2, b * h * t * s, b] for b, h, t, s in attentions],
-        [_attention(dtype, seconds, *size) for size in attentions],
-    )
-    times = [_head(dtype, seconds, *size) for size in heads]
-    found["head"] = fit([[6.0 * n * d * v, n * v, d * v, 1] for n, d, v in heads], [sum(t) for t in times])
-    times = [_embedding(seconds, *size) for size in heads]
-    found["embedding"] = fit([[n * d, d * v, 1] for n, d, v in heads], [sum(t) for t in times])
+    scores = [[2.0 * b * h * t * t * s, b * h * t * t / 2, b * h * t * s, b] for b, h, t, s in attentions]
+    note("attention", scores, [_attention(dtype, seconds, *size) for size in attentions])
+    note("ring", scores, [_ring(dtype, seconds, *size) for size in attentions])
+    both = [sum(_head(dtype, seconds, *size)) for size in heads]
+    found["head"] = fit([[6.0 * n * d * v, n * v, d * v, 1] for n, d, v in heads], both)
+    both = [sum(_embedding(seconds, *size)) for size in heads]
+    found["embedding"] = fit([[n * d, d * v, 1] for n, d, v in heads], both)
     found["optimizer"] = [_optimizer(seconds, max(1024, 2**23 // shrink))]
     return found
 
@@ -181,6 +181,28 @@ def _attention(dtype: torch.dtype | None, seconds: float, batch: int, heads: int
     attention.proj = nn.Identity()
     qkv = torch.randn(batch, tokens, 3 * heads * size).to(dtype or torch.float32).requires_grad_()
     return _passes(seconds, dtype, lambda: attention(qkv), qkv)
+
+
+def _ring(dtype: torch.dtype | None, seconds: float, batch: int, heads: int, tokens: int, size: int) -> Times:
+    """A step of context parallelism's ring: half a block of attention, put together with those before."""
+    q, k, v, dy = (torch.randn(batch, heads, tokens, size).to(dtype or torch.float32) for _ in range(4))
+    out, logs = torch.zeros(q.shape), torch.zeros(q.shape[:3])
+    dq, seen = torch.zeros(q.shape), slice(0, tokens // 2)
+    keys, values, saved = k[:, :, seen], v[:, :, seen], torch.zeros_like(q)
+
+    def forward() -> None:
+        part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, False)
+        context.merge(out, logs, *part)
+
+    def backward() -> None:
+        dq_part, *parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, keys, values, saved, logs, 0.0, False
+        )
+        dq.add_(dq_part)
+        torch.zeros(2, *q.shape)[:, :, :, seen] = torch.stack(parts).float()
+
+    ahead, back = times(forward, seconds), times(backward, seconds)
+    return median(ahead), median(back)
 
 
 def _head(dtype: torch.dtype | None, seconds: float, tokens: int, width: int, vocabulary: int) -> Times:

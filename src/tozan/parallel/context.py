@@ -105,7 +105,7 @@ class _Ring(torch.autograd.Function):
             if step == 0:
                 out, logs = part.to(wide), part_logs
             else:
-                _merge(out[:, :, rows], logs[:, :, rows], part, part_logs)
+                merge(out[:, :, rows], logs[:, :, rows], part, part_logs)
             visitors = coming.wait() if coming else visitors
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, logs)
@@ -158,7 +158,7 @@ def _block(step: int, axis: Axis, tokens: int) -> tuple[slice, slice]:
     return (everything, slice(0, half)) if earlier else (slice(half, tokens), everything)
 
 
-def _merge(out: Tensor, logs: Tensor, part: Tensor, part_logs: Tensor) -> None:
+def merge(out: Tensor, logs: Tensor, part: Tensor, part_logs: Tensor) -> None:
     """Add a block of attention to `out` (B, H, R, S) and `logs` (B, H, R), in place."""
     total = torch.logaddexp(logs, part_logs)
     out.mul_((logs - total).exp_()[..., None]).add_(part * (part_logs - total).exp_()[..., None])

@@ -82,6 +82,10 @@ class Trip:
         """Blocks of a pipeline stage, by chunk."""
         return split_layers(self.shape.layers, self.layout.pp, self.chunks, self.split)[stage]
 
+    def recomputes(self, stage: int) -> str:
+        """What a pipeline stage computes again in backward passes."""
+        return self.recompute_stages[stage] if self.recompute_stages else self.recompute
+
     def tied_apart(self, stage: int) -> bool:
         """Whether a tied embedding's gradient is a matter of its own on this stage."""
         return self.hands_over and self.shape.tied and stage in (0, self.layout.pp - 1)
@@ -128,7 +132,7 @@ class Books:
     @property
     def recompute(self) -> str:
         """What this rank computes again in backward passes."""
-        return self.trip.recompute_stages[self.here["pp"]] if self.trip.recompute_stages else self.trip.recompute
+        return self.trip.recomputes(self.here["pp"])
 
     @cached_property
     def tensor(self) -> Line:

@@ -163,17 +163,40 @@ def _attention(job: Job, c: Candidates) -> tuple[Floats, Floats]:
         flops = 4 * c.micro_batch * length * shape.sequence * shape.width / c.tp / 2 / job.stack.attention_rate
         forward = kernels.flash(device, job.precision, flops, shape.sequence)
         backward = kernels.flash(device, job.precision, 2.5 * flops, shape.sequence)
-        # A ring passes keys and values on while the pieces at hand are computed: only what is longer shows.
-        moved = 2 * c.micro_batch * shape.sequence * shape.kv_width / c.tp * job.item
-        ring = collectives.all_gather(job.machine, moved, c.cp, c.tp)
-        exposed = np.where(c.cp > 1, np.maximum(0.0, ring - forward), 0.0)
-        exposed_back = np.where(c.cp > 1, np.maximum(0.0, 2 * ring - backward), 0.0)
+        exposed, exposed_back = _ring(job, c, forward, backward)
         return forward + exposed, backward + exposed_back
     batch = c.micro_batch * shape.heads / c.tp
     head = shape.head_size
     score = kernels.gemm(device, job.precision, length, shape.sequence, head, batch)
     mix = kernels.gemm(device, job.precision, length, head, shape.sequence, batch)
     return score + mix, 2 * score + 2 * mix
+
+
+def _ring(job: Job, c: Candidates, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
+    """Seconds of context parallelism's ring that do not hide behind attention, forward and backward.
+
+    `parallel/context.py`: n steps; keys and values travel on during all but the last. Backward their gradients, as wide
+    as the residual stream, set out after every step but the first, and the last of them hide behind nothing.
+
+    Args:
+        job: what is priced.
+        c: the layouts.
+        forward: seconds of attention.
+        backward: of its gradients.
+    """
+    elements = 2 * c.micro_batch * job.shape.sequence * job.shape.kv_width / c.tp
+    hops = np.maximum(1, c.cp - 1)
+    hop = collectives.all_gather(job.machine, elements * job.item, c.cp, c.tp) / hops
+    back = collectives.all_gather(job.machine, elements * (job.stack.residual_bytes or job.item), c.cp, c.tp) / hops
+    step = backward / c.cp
+
+    def shows(travels: Floats) -> Floats:
+        return np.maximum(0.0, travels - step)
+
+    several = shows(hop) + np.maximum(0, c.cp - 3) * shows(hop + back) + shows(back)
+    exposed_back = shows(hop) + np.where(c.cp > 2, several, 0.0) + back
+    exposed = hops * np.maximum(0.0, hop - forward / c.cp)
+    return np.where(c.cp > 1, exposed, 0.0), np.where(c.cp > 1, exposed_back, 0.0)
 
 
 def _elementwise(job: Job, c: Candidates) -> tuple[Floats, Floats, tuple[Floats, Floats]]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tozan.layout import split_layers
-from tozan.models.arithmetic import Shape, block_matrices
+from tozan.models.arithmetic import block_matrices
 from tozan.planner import traffic
 from tozan.planner.books import Trip, held, units
 from tozan.planner.machine import Machine, Precision, Trainer
@@ -24,12 +23,21 @@ NORMS, ROWS = 2, ("attn.proj", "mlp.proj", "mlp.down")
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of one rank: of a micro-batch's blocks and ends, and of what comes once per step."""
+    """Seconds of one rank.
+
+    Attributes:
+        forward: of one block and micro-batch.
+        backward: of the same, with what is computed again.
+        ends: of a micro-batch's embedding and output head.
+        step: of what comes once per step.
+        pieces: blocks of each chunk.
+    """
 
     forward: float
     backward: float
     ends: float
     step: float
+    pieces: tuple[int, ...]
 
 
 def trainer(machine: Machine, precision: str, ranks: int) -> Trainer | None:
@@ -61,7 +69,7 @@ def step(trip: Trip, machine: Machine, precision: Precision) -> dict[str, float]
     longest = max(_pipeline(trip, works), whole)
     slowest = max(per_core, key=lambda ranks: sum(_compute(trip, work) for work in ranks))
     # The head makes its gradients with the loss: nearly all of the ends is forward.
-    forward = trip.accumulate * sum(work.forward + work.ends for work in slowest)
+    forward = trip.accumulate * sum(sum(work.pieces) * work.forward + work.ends for work in slowest)
     once = max(sum(work.step for work in ranks) for ranks in per_core)
     phases = {"forward": forward, "backward": whole - forward, "optimizer": once, "bubble": longest - whole}
     return phases | _communication(trip, machine)
@@ -69,7 +77,7 @@ def step(trip: Trip, machine: Machine, precision: Precision) -> dict[str, float]
 
 def _compute(trip: Trip, work: Work) -> float:
     """Seconds that a rank computes in the passes of a step."""
-    return trip.accumulate * (work.forward + work.backward + work.ends)
+    return trip.accumulate * (sum(work.pieces) * (work.forward + work.backward) + work.ends)
 
 
 def _pipeline(trip: Trip, works: list[Work]) -> float:
@@ -84,8 +92,8 @@ def _pipeline(trip: Trip, works: list[Work]) -> float:
         work = of_stage[stage]
         end = stage == stages - 1 and action.chunk == trip.chunks - 1
         if action.kind == "forward":
-            return work.forward / trip.chunks + (work.ends if end else 0.0)
-        return work.backward / trip.chunks / (1 if action.kind == "backward" else 2)
+            return work.pieces[action.chunk] * work.forward + (work.ends if end else 0.0)
+        return work.pieces[action.chunk] * work.backward / (1 if action.kind == "backward" else 2)
 
     return max(one.end for one in replay(schedule, seconds))
 
@@ -93,9 +101,7 @@ def _pipeline(trip: Trip, works: list[Work]) -> float:
 def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
     """The seconds of a rank."""
     here, shape = trip.layout.coordinates(rank), trip.shape
-    pieces = split_layers(shape.layers, trip.layout.pp, trip.chunks)[here["pp"]]
-    blocks = sum(map(len, pieces))
-    forward, backward, again = _block(trip, unit)
+    forward, backward, again = _block(trip, unit, trip.recomputes(here["pp"]))
     ends, last = 0.0, trip.layout.pp - 1
     tokens, columns = _tokens(trip), shape.vocabulary // trip.layout.sizes["tp_col"]
     width = shape.width // (trip.layout.grid if trip.layout.scheme != "1d" else 1)
@@ -107,7 +113,8 @@ def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
         ends += head + _dot(unit.norm_forward, tokens * width, 1) + _dot(unit.norm_backward, tokens * width, 1)
         if last and shape.tied:
             ends += table + 2 / 3 * head
-    return Work(blocks * forward, blocks * (backward + again), ends, _once(trip, unit, machine, here))
+    pieces = tuple(map(len, trip.pieces(here["pp"])))
+    return Work(forward, backward + again, ends, _once(trip, unit, machine, here), pieces)
 
 
 def _once(trip: Trip, unit: Trainer, machine: Machine, here: dict[str, int]) -> float:
@@ -123,12 +130,12 @@ def _once(trip: Trip, unit: Trainer, machine: Machine, here: dict[str, int]) -> 
 
 
 def _tokens(trip: Trip) -> int:
-    """Tokens of a micro-batch on one rank: grids of 2D and 2.5D split samples."""
-    tokens = trip.micro_batch * trip.shape.sequence
+    """Tokens of a micro-batch on one rank: rings split sequences, grids of 2D and 2.5D split samples."""
+    tokens = trip.micro_batch * trip.tokens
     return tokens if trip.layout.scheme == "1d" else tokens // (trip.layout.grid * trip.layout.tp_depth)
 
 
-def _block(trip: Trip, unit: Trainer) -> tuple[float, float, float]:
+def _block(trip: Trip, unit: Trainer, recompute: str) -> tuple[float, float, float]:
     """Seconds of one block for one micro-batch: forward, backward, and what recomputation repeats."""
     shape, layout = trip.shape, trip.layout
     tokens, parts = _tokens(trip), layout.sizes["tp_col"]
@@ -147,19 +154,27 @@ def _block(trip: Trip, unit: Trainer) -> tuple[float, float, float]:
     norm = _dot(unit.norm_forward, stream, 1)
     act = _dot(unit.swiglu_forward if gated else unit.gelu_forward, inner, 1)
     act_back = _dot(unit.swiglu_backward if gated else unit.gelu_backward, inner, 1)
-    pairs = _attention_terms(shape, tokens, parts)
-    forward += NORMS * norm + act + _dot(unit.attention_forward, *pairs)
-    backward += NORMS * _dot(unit.norm_backward, stream, 1) + act_back + _dot(unit.attention_backward, *pairs)
+    attention = _attention(trip, unit, tokens, parts)
+    forward += NORMS * norm + act + attention[0]
+    backward += NORMS * _dot(unit.norm_backward, stream, 1) + act_back + attention[1]
     light = (1 if gated else 2) * norm + act
-    again = {"none": 0.0, "selective": light, "full": forward}[trip.recompute]
+    again = {"none": 0.0, "selective": light, "full": forward}[recompute]
     return forward, backward, again
 
 
-def _attention_terms(shape: Shape, tokens: int, parts: int) -> tuple[float, float, float, float]:
-    """FLOPs of the causal half, scores, elements and samples."""
-    samples, heads = tokens / shape.sequence, shape.heads / parts
-    rows = samples * heads * shape.sequence
-    return 2.0 * rows * shape.sequence * shape.head_size, rows * shape.sequence / 2, rows * shape.head_size, samples
+def _attention(trip: Trip, unit: Trainer, tokens: int, parts: int) -> tuple[float, float]:
+    """Seconds of one micro-batch's attention, forward and backward: in one piece, or in a ring.
+
+    A step of the ring costs what the first does, whatever its place in the sequence (`parallel.context`).
+    """
+    shape, steps = trip.shape, trip.layout.cp
+    rows = tokens * shape.heads / parts
+    scores, elements, samples = rows * trip.tokens / 2, rows * shape.head_size, tokens / trip.tokens
+    terms = 4.0 * scores * shape.head_size, scores, elements, samples
+    ways = unit.attention_forward, unit.attention_backward
+    if steps > 1 and unit.ring_forward and unit.ring_backward:
+        ways = unit.ring_forward, unit.ring_backward
+    return steps * _dot(ways[0], *terms), steps * _dot(ways[1], *terms)
 
 
 def _communication(trip: Trip, machine: Machine) -> dict[str, float]:

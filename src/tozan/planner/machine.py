@@ -164,7 +164,7 @@ class Trainer(_Table):
     """What tozan's own operations take on one rank, as `tozan bench calibrate` measured them (see `bench.units`).
 
     Coefficients are seconds, in order per: FLOP, weight, activation read or written, and call (`linear`); element and
-    call (`norm`, `gelu`, `swiglu`); FLOP, score, element and sample (`attention`); FLOP, logit, weight and call
+    call (`norm`, `gelu`, `swiglu`); FLOP, score, element and sample (`attention`, `ring`); FLOP, logit, weight and call
     (`head`); activation, weight and call (`embedding`); parameter (`optimizer`).
     """
 
@@ -191,6 +191,10 @@ class Trainer(_Table):
     attention_forward: tuple[float, float, float, float]
     """Attention between its two products."""
     attention_backward: tuple[float, float, float, float]
+    """Its gradients."""
+    ring_forward: tuple[float, float, float, float] | None = None
+    """A step of context parallelism's ring, put together with those before."""
+    ring_backward: tuple[float, float, float, float] | None = None
     """Its gradients."""
     head: tuple[float, float, float, float]
     """Output head and loss, both ways."""

@@ -14,6 +14,7 @@ from tozan.layout import count, shard, split_layers
 from tozan.models.arithmetic import block_matrices
 from tozan.planner import costs, layer
 from tozan.planner.candidates import Candidates, Flags, Floats
+from tozan.planner.kept import Kept, kept
 from tozan.planner.layer import Job
 
 
@@ -85,34 +86,38 @@ def state_bytes(job: Job, c: Candidates, elements: Floats) -> dict[str, Floats]:
 
 def block_activations(job: Job, c: Candidates) -> Floats:
     """Bytes that one block keeps for its backward pass of one micro-batch if nothing is recomputed."""
-    outside, inside, scores, _ = _tensors(job, c)
+    if job.stack.selective == "mlp":
+        return _own(job, c).none
+    outside, inside, scores = _tensors(job, c)
     return outside + inside + scores
 
 
 def kept_activations(job: Job, c: Candidates) -> Floats:
     """Bytes that one block keeps under the candidate's recomputation."""
-    outside, inside, scores, light = _tensors(job, c)
-    entry = layer.tokens(job, c) * job.shape.width * (job.stack.residual_bytes or job.item)
-    entry = entry / np.where(c.grid > 0, c.tp, 1)
-    less = light if job.stack.selective == "mlp" else scores
-    selective = outside + inside + scores - less
-    return np.choose(
-        c.recompute,
-        [
-            np.broadcast_to(x, np.broadcast(outside, c.recompute).shape)
-            for x in (outside + inside + scores, selective, entry)
-        ],
-    )
+    if job.stack.selective == "mlp":
+        own = _own(job, c)
+        choices = own.none, own.selective, own.full
+    else:
+        outside, inside, scores = _tensors(job, c)
+        entry = layer.tokens(job, c) * job.shape.width * (job.stack.residual_bytes or job.item)
+        choices = outside + inside + scores, outside + inside, entry / np.where(c.grid > 0, c.tp, 1)
+    size = np.broadcast(*choices, c.recompute).shape
+    return np.choose(c.recompute, [np.broadcast_to(x, size) for x in choices])
 
 
-def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats, Floats]:
-    """Kept bytes of one block: outside tensor parallelism, inside it, of the scores, and what is light to make again.
+def _own(job: Job, c: Candidates) -> Kept:
+    """What the trainer of this project keeps."""
+    word = int(job.stack.residual_bytes or job.item)
+    sizes = {"tp": c.tp, "grid": c.grid, "sequence_parallel": c.sequence_parallel}
+    return kept(job.shape, layer.tokens(job, c), job.item, word, **sizes)
 
-    The last is what tozan's selective recomputation gives up: the norms' outputs and the activation's.
+
+def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats]:
+    """Kept bytes of one block of other trainers: outside tensor parallelism, inside it, and of the scores.
 
     Outside: inputs of two norms, inputs of the two products after them, two dropout masks of one byte. Inside: q, k, v,
-    the context, and the MLP's inner tensors (2 for
-    GELU; 3 for SwiGLU, 4 if its two steps are not fused). Scores: softmax, its mask, its dropout.
+    the context, and the MLP's inner tensors (2 for GELU; 3 for SwiGLU, 4 if its two steps
+    are not fused). Scores: softmax, its mask, its dropout.
     """
     shape, stack, item = job.shape, job.stack, job.item
     stream = layer.tokens(job, c) * shape.width
@@ -120,13 +125,11 @@ def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats, Floats]:
     outside = stream * (2 * (stack.residual_bytes or item) + 2 * item + (2 if stack.dropout else 0)) / split
     tensors = (3 if stack.fused else 4) if shape.family == "llama" else 2
     inner = stream * item * tensors * shape.mlp_width / shape.width / c.tp
-    casts = stream * item * (1 if shape.family == "llama" else 2) / split
-    light = casts + stream * item * shape.mlp_width / shape.width / c.tp
     inside = stream * item * (2 + 2 * shape.kv_width / shape.width) / c.tp + inner
     if stack.flash:
-        return outside, inside, 4.0 * layer.tokens(job, c) * shape.heads / c.tp, light
+        return outside, inside, 4.0 * layer.tokens(job, c) * shape.heads / c.tp
     pairs = c.micro_batch * shape.heads * shape.sequence * shape.sequence / c.cp / c.tp
-    return outside, inside, pairs * (2 * item + 1 if stack.dropout else item), light
+    return outside, inside, pairs * (2 * item + 1 if stack.dropout else item)
 
 
 def in_flight(job: Job, c: Candidates) -> tuple[Floats, Floats]:

@@ -7,7 +7,10 @@ counts. Autocast makes a 16-bit copy of every weight in each micro-batch's forwa
 
 from __future__ import annotations
 
+import numpy as np
+
 from tozan.planner.books import Trip, held, units
+from tozan.planner.kept import kept
 from tozan.planner.machine import Machine
 from tozan.schedules import create
 
@@ -42,7 +45,7 @@ def _rank(trip: Trip, rank: int) -> dict[str, float]:
         parameters = float(sum(flats)) * (1 / share if trip.zero == 3 else 1)
     depth = _in_flight(trip, here["pp"])
     blocks = sum(1 for name in sizes if name.endswith("norm1.weight"))
-    kept = depth * blocks / trip.chunks * _activations(trip)
+    kept = depth * blocks / trip.chunks * _activations(trip, trip.recomputes(here["pp"]))
     copies = 0.0 if trip.item == word else float(trip.item * sum(_matrices(sizes).values()))
     kept += (depth / trip.chunks if trip.recompute == "none" else 1) * copies
     table = word * float(sizes.get("embed.weight", 0))
@@ -91,31 +94,19 @@ def _matrices(sizes: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _activations(trip: Trip) -> float:
+def _activations(trip: Trip, recompute: str) -> float:
     """Bytes that one block keeps of one micro-batch (see `parallel.recompute`)."""
-    shape, layout, item, word = trip.shape, trip.layout, trip.item, trip.state_item
-    tokens = trip.micro_batch * shape.sequence
-    columns, rows = layout.sizes["tp_col"], layout.sizes["tp_row"] * layout.tp_depth
-    tokens = tokens // (rows if layout.scheme != "1d" else 1)
-    width = shape.width if layout.scheme == "1d" else shape.width // columns
-    stream = tokens * width / (layout.tp if trip.sequence_parallel else 1)
-    if trip.recompute == "full":
-        return stream * word
-    inner = tokens * shape.mlp_width / columns
-    heads = tokens * (2 * shape.width + 2 * shape.kv_width) / columns
-    gated = shape.family == "llama"
-    # RMSNorm keeps its output beside its input; gate and up cast their input each for itself, unless ranks share it.
-    norms = stream * word * (4 if gated or layout.scheme != "1d" else 2)
-    casts = stream * item * (3 if gated and layout.tp == 1 else 2)
-    if gated:
-        heads += tokens * (shape.width + shape.kv_width) / columns  # rotated queries and keys beside the product
-    gathered = 2 * tokens * width * item if trip.sequence_parallel else 0.0
-    kept = norms + casts + gathered + item * (heads + (4 if gated else 2) * inner)
-    if trip.recompute == "selective" and gated:
-        kept -= stream * (item + word) + 2 * item * inner
-    elif trip.recompute == "selective":
-        kept -= casts + item * inner
-    return kept
+    layout, square = trip.layout, trip.layout.scheme != "1d"
+    found = kept(
+        trip.shape,
+        np.float64(trip.micro_batch * trip.tokens),
+        trip.item,
+        trip.state_item,
+        tp=np.float64(layout.tp),
+        grid=np.float64(layout.grid if square else 0),
+        sequence_parallel=np.float64(trip.sequence_parallel),
+    )
+    return float(getattr(found, recompute))
 
 
 def _head(trip: Trip, table: float) -> float:

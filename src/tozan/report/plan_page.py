@@ -18,7 +18,7 @@ from tozan.report.words import Tile, amount, percent, scaled, seconds, three
 from tozan.schedules import Action, Step
 
 HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh", "cost")
-NOTE = "TFLOP/s are the model's, recomputation not counted, per device, of the nominal peak. Memory of the fullest device."
+NOTE = "TFLOP/s are the model's, recomputation not counted, of the nominal peak. Memory of the fullest device."
 PLAN_FACTS = ("machine", "nodes", "devices_per_node", "stack", "precision", "global_batch", "steps", "tried")
 Plan = dict[str, Any]
 
@@ -57,11 +57,15 @@ def page(plan: Plan) -> Page:
         summary=_summary(plan, best, names),
         advice=[
             *plan.get("notes", []),
-            "Run it: the `launch.sh` that `tozan plan ... --out` wrote starts its `plan.toml`; `tozan report RUN --machine "
-            "FILE` then sets this prediction beside the measurement.",
+            "Run it: the `launch.sh` that `tozan plan ... --out` writes starts its `plan.toml`; `tozan report RUN "
+            "--machine FILE` then sets this prediction beside the measurement.",
         ],
         figures=figures(plan),
-        wide=[Table("Best layouts" if plan.get("fits", True) else "Nothing fits; nearest layouts", rows, _note(best), HEAD)],
+        wide=[
+            Table(
+                "Best layouts" if plan.get("fits", True) else "Nothing fits; nearest layouts", rows, _note(best), HEAD
+            )
+        ],
         facts=[
             Table("Model", [("model", model), *_plain(plan.get("shape"), plan.get("parameters"))]),
             Table("Plan", _plain({key: plan.get(key) for key in PLAN_FACTS})),

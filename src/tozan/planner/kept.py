@@ -1,0 +1,54 @@
+"""Bytes that one block of tozan's trainer keeps for its backward pass, for one layout or for thousands at once.
+
+Counted tensor by tensor from what autograd saves; tests hold it to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tozan.models.arithmetic import Shape
+from tozan.planner.candidates import Floats
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes by what is recomputed."""
+
+    none: Floats
+    selective: Floats
+    full: Floats
+
+
+def kept(
+    shape: Shape, tokens: Floats, item: int, word: int, *, tp: Floats, grid: Floats, sequence_parallel: Floats
+) -> Kept:
+    """What one block keeps of one micro-batch, weights and their 16-bit copies apart.
+
+    Args:
+        shape: the model's sizes.
+        tokens: of the micro-batch on one rank, before tensor parallelism.
+        item: bytes of an activation in the compute type.
+        word: bytes of an element of the residual stream.
+        tp: ranks of tensor parallelism.
+        grid: side of its grid; 0 for the 1D scheme.
+        sequence_parallel: whether the 1D scheme shards the residual stream.
+    """
+    square, gated = np.asarray(grid) > 0, shape.family == "llama"
+    whole, narrow = item == word, np.asarray(tp) == 1
+    stream = tokens * shape.width / np.where(square | (np.asarray(sequence_parallel) > 0), tp, 1)
+    inner = tokens * shape.mlp_width / tp
+    # Queries, keys, values, and the heads' output, which the next product keeps.
+    heads = tokens * (2 * shape.width + 2 * shape.kv_width) / tp
+    if gated:
+        heads = heads + tokens * (shape.width + shape.kv_width) / tp  # rotated queries and keys beside the product
+    # RMSNorm keeps its normalized input beside its input; norms over a grid do so in either family.
+    norms = stream * word * np.where(square | gated, 4, 2)
+    # Gate and up each cast their input, unless ranks share it; where nothing is cast they share it, too.
+    casts = stream * item * np.where(gated & narrow & (not whole), 3, 2)
+    gathered = np.where(np.asarray(sequence_parallel) > 0, 2 * tokens * shape.width * item, 0.0)
+    everything = norms + casts + gathered + item * (heads + (4 if gated else 2) * inner)
+    light = stream * (item + word) + 2 * item * inner if gated else casts + item * inner
+    return Kept(everything, everything - light, stream * word)
