@@ -11,6 +11,7 @@ import numpy as np
 
 from tozan.models.arithmetic import Shape
 from tozan.planner.candidates import Floats
+from tozan.planner.kernels import Sizes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Kept:
 
 
 def kept(
-    shape: Shape, tokens: Floats, item: int, word: int, *, tp: Floats, grid: Floats, sequence_parallel: Floats
+    shape: Shape, tokens: Sizes, item: int, word: int, *, tp: Sizes, grid: Sizes, sequence_parallel: Sizes
 ) -> Kept:
     """What one block keeps of one micro-batch, weights and their 16-bit copies apart.
 
@@ -36,9 +37,9 @@ def kept(
         grid: side of its grid; 0 for the 1D scheme.
         sequence_parallel: whether the 1D scheme shards the residual stream.
     """
-    square, gated = np.asarray(grid) > 0, shape.family == "llama"
-    whole, narrow = item == word, np.asarray(tp) == 1
-    stream = tokens * shape.width / np.where(square | (np.asarray(sequence_parallel) > 0), tp, 1)
+    tokens, tp, grid = (np.asarray(size, dtype=float) for size in (tokens, tp, grid))
+    shared, square, gated = np.asarray(sequence_parallel) > 0, grid > 0, shape.family == "llama"
+    stream = tokens * shape.width / np.where(square | shared, tp, 1)
     inner = tokens * shape.mlp_width / tp
     # Queries, keys, values, and the heads' output, which the next product keeps.
     heads = tokens * (2 * shape.width + 2 * shape.kv_width) / tp
@@ -47,8 +48,8 @@ def kept(
     # RMSNorm keeps its normalized input beside its input; norms over a grid do so in either family.
     norms = stream * word * np.where(square | gated, 4, 2)
     # Gate and up each cast their input, unless ranks share it; where nothing is cast they share it, too.
-    casts = stream * item * np.where(gated & narrow & (not whole), 3, 2)
-    gathered = np.where(np.asarray(sequence_parallel) > 0, 2 * tokens * shape.width * item, 0.0)
+    casts = stream * item * np.where((tp == 1) & (gated and item != word), 3, 2)
+    gathered = np.where(shared, 2 * tokens * shape.width * item, 0.0)
     everything = norms + casts + gathered + item * (heads + (4 if gated else 2) * inner)
     light = stream * (item + word) + 2 * item * inner if gated else casts + item * inner
     return Kept(everything, everything - light, stream * word)

@@ -108,8 +108,8 @@ def kept_activations(job: Job, c: Candidates) -> Floats:
 def _own(job: Job, c: Candidates) -> Kept:
     """What the trainer of this project keeps."""
     word = int(job.stack.residual_bytes or job.item)
-    sizes = {"tp": c.tp, "grid": c.grid, "sequence_parallel": c.sequence_parallel}
-    return kept(job.shape, layer.tokens(job, c), job.item, word, **sizes)
+    tokens, shared = layer.tokens(job, c), c.sequence_parallel
+    return kept(job.shape, tokens, job.item, word, tp=c.tp, grid=c.grid, sequence_parallel=shared)
 
 
 def _tensors(job: Job, c: Candidates) -> tuple[Floats, Floats, Floats]:

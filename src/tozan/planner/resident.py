@@ -7,8 +7,6 @@ counts. Autocast makes a 16-bit copy of every weight in each micro-batch's forwa
 
 from __future__ import annotations
 
-import numpy as np
-
 from tozan.planner.books import Trip, held, units
 from tozan.planner.kept import kept
 from tozan.planner.machine import Machine
@@ -99,12 +97,12 @@ def _activations(trip: Trip, recompute: str) -> float:
     layout, square = trip.layout, trip.layout.scheme != "1d"
     found = kept(
         trip.shape,
-        np.float64(trip.micro_batch * trip.tokens),
+        trip.micro_batch * trip.tokens,
         trip.item,
         trip.state_item,
-        tp=np.float64(layout.tp),
-        grid=np.float64(layout.grid if square else 0),
-        sequence_parallel=np.float64(trip.sequence_parallel),
+        tp=layout.tp,
+        grid=layout.grid if square else 0,
+        sequence_parallel=int(trip.sequence_parallel),
     )
     return float(getattr(found, recompute))
 
