@@ -79,9 +79,27 @@ def test_a_follower_hears_goodbye_beside_nodes_that_are_gone(followed):
         connection.close()
 
 
+def test_an_agent_that_is_busy_for_longer_is_not_given_up(followed):
+    """Reading all copies of a node through takes seconds, on either side."""
+    crew, follower, thread, returned = followed
+
+    def read_through():
+        time.sleep(4 * SILENCE)
+        return {0: {7}}
+
+    follower.node.steps = crew._node.steps = read_through
+    assert crew.newest(1) == 7
+    assert crew.poll(0.01) == []
+    assert crew.ranks == 2
+    crew.close()
+    thread.join(10)
+    assert returned == [0]
+
+
 def test_a_follower_gives_up_a_leader_that_is_silent(followed, capfd):
     crew, _, thread, returned = followed
-    crew._door.close()  # and nobody speaks: the leader's machine is gone
+    crew._door.close()
+    crew._remotes[0].wire.say = lambda **_: None  # the leader's machine is gone
     thread.join(20)
     assert returned == [EXIT_LOST]
     assert "the leading agent is gone" in capfd.readouterr().err

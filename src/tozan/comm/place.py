@@ -129,7 +129,8 @@ def outward(host: str) -> str:
     """The address by which this machine is to use the name that other machines have for `host`.
 
     Debian's /etc/hosts calls a machine's own name 127.0.1.1, where nobody else reaches it. Then it is this machine's
-    other address if it has just one; if it has several, it cannot be told which of them the others see.
+    other address if it has just one; if it has several, it cannot be told which of them the others see. Who says
+    `localhost`, or gives a loopback address as such, means it.
 
     Args:
         host: a name or an address.
@@ -143,7 +144,8 @@ def outward(host: str) -> str:
         family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     except OSError:
         return host  # whoever connects says what is wrong
-    if family != socket.AF_INET or not is_loopback(str(target[0])):
+    meant = host in ("localhost", str(target[0]))
+    if family != socket.AF_INET or meant or not is_loopback(str(target[0])):
         return host
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     own = {

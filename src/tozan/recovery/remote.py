@@ -12,6 +12,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Wire:
         connection.settimeout(SILENCE)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket, self._pending, self.heard = connection, b"", time.monotonic()
+        self._turn = threading.RLock()  # a signal's handler may have something to say while its thread speaks
 
     def say(self, **words: Any) -> None:
         """Send a message.
@@ -41,7 +43,18 @@ class Wire:
         Raises:
             OSError: the other side is gone.
         """
-        self.socket.sendall(json.dumps(words).encode() + b"\n")
+        with self._turn:
+            self.socket.sendall(json.dumps(words).encode() + b"\n")
+
+    def beat(self) -> None:
+        """Give signs of life from now on, by a thread: reading through gigabytes of copies keeps an agent busy."""
+        threading.Thread(target=self._beat, name="tozan-beat", daemon=True).start()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # until the connection is closed, on either side
+            while True:
+                self.say(beat=True)
+                time.sleep(BEAT)
 
     def hear(self) -> list[dict[str, Any]]:
         """Messages that have come; does not wait.
@@ -82,7 +95,8 @@ class Remote:
         self._begun: dict[int, tuple[int, int]] = {}
         self._steps: dict[int, set[int]] | None = None
         self._events: list[Event] = []
-        self._starts, self._spoke = 0, 0.0
+        self._starts = 0
+        wire.beat()
 
     def start(self, rank: int, words: list[str], environment: dict[str, str], told: dict[str, Any]) -> None:
         """See `Node.start`."""
@@ -116,10 +130,7 @@ class Remote:
         self._say(neighbour=address)
 
     def events(self) -> list[Event]:
-        """See `Node.events`; also gives a sign of life."""
-        if time.monotonic() - self._spoke > BEAT:
-            self._spoke = time.monotonic()
-            self._say(beat=True)
+        """See `Node.events`."""
         self._hear()
         happened, self._events = self._events, []
         return happened
@@ -223,6 +234,7 @@ class Follower:
             self._guests = Guests(self.node, listen(wire.socket.getsockname()[0], one_machine=True))
             self._guests.start()
         wire.say(hello=socket.gethostname(), guests=self._guests.port, token=token())
+        wire.beat()
         spoke = 0.0
         while not self._over:
             with selectors.DefaultSelector() as selector:
