@@ -51,6 +51,7 @@ CASES = {
     "pp2-dp2-uneven-zero2": (LLAMA, flags(data=2, pipeline=2, zero=2, split=[1, 3])),
     "cp2": (LLAMA, flags(context=2) + BF16 + FULL),
     "dp2-cp2-tp2-zero1": (GPT2, flags(data=2, context=2, tensor=2, zero=1)),
+    "cp2-tp2-seq-zero1": (GPT2, flags(context=2, tensor=2, sequence_parallel=True, zero=1)),
     "cp2-pp2-seq": (GPT2, flags(context=2, pipeline=2, tensor=2, sequence_parallel=True) + SELECTIVE),
     "dp2-tp2-seq-zero2": (GPT2, flags(data=2, tensor=2, sequence_parallel=True, zero=2)),
     "dp2-tp2-fp64": (GPT2, [*flags(data=2, tensor=2), "--train.precision=fp64"]),

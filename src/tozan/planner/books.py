@@ -25,7 +25,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Trip:
-    """What of a run decides the bytes of its steps.
+    """What of a run decides the bytes and the seconds of its steps.
 
     Attributes:
         shape: the model's sizes.
@@ -44,6 +44,7 @@ class Trip:
         split: layers of each piece, if not as even as can be.
         recompute_stages: what each pipeline stage computes again, if not all the same.
         recompute: what is computed again in backward passes.
+        threads: that a rank computes with; 0: its share of the cores.
     """
 
     shape: Shape
@@ -62,6 +63,7 @@ class Trip:
     recompute: str = "none"
     split: tuple[int, ...] = ()
     recompute_stages: tuple[str, ...] = ()
+    threads: int = 0
 
     @property
     def replicas(self) -> int:

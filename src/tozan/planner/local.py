@@ -40,9 +40,9 @@ class Work:
     pieces: tuple[int, ...]
 
 
-def trainer(machine: Machine, precision: str, ranks: int) -> Trainer | None:
-    """The units measured with as many threads as a rank would have, or the nearest number; `None` if there are none."""
-    threads = max(1, machine.cores // ranks)
+def trainer(machine: Machine, precision: str, trip: Trip) -> Trainer | None:
+    """The units measured with as many threads as a rank has, or the nearest number; `None` if there are none."""
+    threads = trip.threads or max(1, machine.cores // trip.layout.world_size)
     known = [found for found in machine.trainer if found.precision == precision]
     return min(known, key=lambda found: abs(found.threads - threads)) if known else None
 
@@ -60,7 +60,7 @@ def step(trip: Trip, machine: Machine, precision: Precision) -> dict[str, float]
     """
     layout, cores = trip.layout, max(1, machine.cores)
     world = layout.world_size
-    found = trainer(machine, precision, world)
+    found = trainer(machine, precision, trip)
     if found is None:
         raise ValueError(f"{machine.name} has no measured units for {precision}")
     works = [_work(trip, found, machine, rank) for rank in range(world)]
@@ -120,9 +120,9 @@ def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
 def _once(trip: Trip, unit: Trainer, machine: Machine, here: dict[str, int]) -> float:
     """Seconds of the optimizer, and of packing gradients for the wire: each is read and written once."""
     elements = sum(held(trip, here).values())
-    share = (trip.zero_group or trip.layout.dp) if trip.zero else 1
+    share = (trip.zero_group or trip.replicas) if trip.zero else 1
     packed = 0.0
-    if trip.layout.dp > 1:
+    if trip.replicas > 1:
         often = trip.accumulate if (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2 else 1
         moved = sum(packing.total for _, packing in units(trip, here)) * trip.state_item
         packed = often * 2 * moved / machine.device.bandwidth * max(1, min(machine.cores, trip.layout.world_size))

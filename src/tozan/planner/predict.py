@@ -80,7 +80,7 @@ def predict(config: Config, machine: Path | str | Machine) -> Prediction:
     held = {name: float(np.broadcast_to(value, 1)[0]) for name, value in memory(job, layout).parts.items()}
     # fp64 is no precision of machine files: fp32 at half the speed, and twice the bytes.
     factor = 2.0 if config.train.precision == "fp64" else 1.0
-    measured = local.trainer(found, job.precision, trip.layout.world_size) is not None
+    measured = local.trainer(found, job.precision, trip) is not None
     if measured:
         phases, held = local.step(trip, found, job.precision), resident(trip, found)
     else:
@@ -139,6 +139,7 @@ def trip_of(config: Config) -> Trip:
         train.recompute,
         tuple(table.split),
         tuple(train.recompute_stages),
+        train.threads,
     )
 
 

@@ -36,8 +36,8 @@ def _rank(trip: Trip, rank: int) -> dict[str, float]:
     here = trip.layout.coordinates(rank)
     sizes = held(trip, here)
     elements, word = sum(sizes.values()), trip.state_item
-    share = (trip.zero_group or trip.layout.dp) if trip.zero else 1
-    flats = [float(packing.total * word) for _, packing in units(trip, here)] if trip.layout.dp > 1 else []
+    share = (trip.zero_group or trip.replicas) if trip.zero else 1
+    flats = [float(packing.total * word) for _, packing in units(trip, here)] if trip.replicas > 1 else []
     parameters = float(elements * word)
     if trip.zero:
         parameters = float(sum(flats)) * (1 / share if trip.zero == 3 else 1)
@@ -67,9 +67,8 @@ def _gradients(trip: Trip, whole: float, flats: list[float], share: int) -> tupl
     """Bytes of gradients at the end of the backward pass, and while the last micro-batch's activations are held."""
     if not flats:
         return whole, whole if trip.accumulate > 1 else 0.0
-    ranks = trip.layout.dp
     flying = 2 * sum(sorted(flats)[-FLIGHT:])
-    summed = sum(flats) / (share if trip.zero else ranks)
+    summed = sum(flats) / (share if trip.zero else trip.replicas)
     often = (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2
     early = (summed if often else whole) if trip.accumulate > 1 else 0.0
     last = summed + (sum(flats) if trip.zero == 0 else 0.0)

@@ -139,9 +139,9 @@ def _partial(books: Books) -> Counter[tuple[str, ...]]:
 def _slices(books: Books) -> dict[str, int]:
     """Elements of every parameter whose gradient a rank has at the end of a step: all it holds, or ZeRO's slice."""
     trip = books.trip
-    if trip.zero == 0 or trip.layout.dp == 1:
+    if trip.zero == 0 or trip.replicas == 1:
         return held(trip, books.here)
-    index = books.here["dp"] % (trip.zero_group or trip.layout.dp)
+    index = books.replicas.index % (trip.zero_group or trip.replicas)
     found = {}
     for _, packing in units(trip, books.here):
         for name in packing.sizes:
