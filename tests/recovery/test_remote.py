@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from tozan.errors import EXIT_LOST
+from tozan.errors import EXIT_LOST, UserError
+from tozan.recovery import node as local
 from tozan.recovery import remote
 from tozan.recovery.courier import token
 from tozan.recovery.crew import Crew
@@ -111,3 +112,13 @@ def test_agents_listen_on_one_address_alone(followed):
     for listening in (crew._door, crew._guests._socket, follower._guests._socket):
         assert listening.getsockname()[0] == "127.0.0.1"
     crew.close()
+
+
+def test_a_store_that_cannot_listen_is_an_error_and_no_waiting():
+    node = local.Node()
+    try:
+        with pytest.raises(UserError, match=r"can listen on 203\.0\.113\.9"):
+            node.store("203.0.113.9")  # kept free for documentation: nobody has it
+        assert node.store("127.0.0.1") > 0
+    finally:
+        node.close()

@@ -21,7 +21,7 @@ class Outcome:
         kind: of the fault.
         step: in which it happened; None if it did not.
         detected: seconds until the agent knew of a loss; None if nothing was lost by it.
-        lost: steps that were begun and had to be done again, the interrupted one included.
+        lost: steps that every rank had begun and that had to be done again, the interrupted one included.
         recovery: seconds from knowing to the first step of the next generation.
         noticed: what the agent said was lost.
     """

@@ -88,7 +88,7 @@ class Agent:
     Attributes:
         node: this machine's ranks.
         crew: all nodes.
-        reached: the newest step that any rank has begun.
+        reached: the newest step that every rank has begun: no step is under way before.
         on_event: see above.
     """
 
@@ -201,7 +201,7 @@ class Agent:
         self._count(generation)
 
     def _count(self, generation: Generation) -> None:
-        self.reached = max(self.reached, *(last for last, _ in self.crew.begun(generation.places).values()))
+        self.reached = max(self.reached, min(last for last, _ in self.crew.begun(generation.places).values()))
 
     def _fitting(self) -> Shape | None:
         return self._shape_for(min(self.crew.ranks, self._limit))

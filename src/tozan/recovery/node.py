@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tozan.errors import Problem, UserError
 from tozan.recovery import slots
 from tozan.recovery.slots import Slots
 
@@ -119,10 +120,18 @@ class Node:
         self._say(signal=str(rank), number=int(number))
 
     def store(self, host: str) -> int:
-        """The port of the store that outlives the ranks; started again if it has ended."""
+        """The port of the store that outlives the ranks; started again if it has ended.
+
+        Raises:
+            UserError: it cannot listen on that address.
+        """
         if self._port == 0:
             self._say(store=host)
             self._wait(lambda: self._port != 0)
+        if self._port < 0:
+            self._port = 0
+            problem = f"no store for the ranks can listen on {host}; what stands in the way is above"
+            raise UserError(Problem("MASTER_ADDR", problem, "give an address or name of the first node"))
         return self._port
 
     def steps(self) -> dict[int, set[int]]:
@@ -220,7 +229,7 @@ class Node:
         elif "started" in said:
             self.processes[int(said["started"])] = said["process"]
         elif "port" in said:
-            self._port = said["port"]
+            self._port = said["port"] or -1
         else:
             kind: Any
             kind, key = next(iter(said.items()))

@@ -88,7 +88,7 @@ def policy(config: Any) -> Policy:
 
 
 def note(log: Path, event: dict[str, Any]) -> None:
-    """Print an event as a line for people, and append it to the log as JSON."""
+    """Print an event as a line for people, and append it to the log as JSON; a full disk costs the log, not the run."""
     if event["event"] == "lost":
         text = f"{event['what']}, in step {event['step']}"
     elif event["event"] == "resumed":
@@ -103,6 +103,9 @@ def note(log: Path, event: dict[str, Any]) -> None:
     else:
         text = f"step {event['step']} rescued from memory: {'yes' if event['whole'] else 'no'}"
     print(f"tozan: {text}", file=sys.stderr, flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+    except OSError as error:
+        print(f"tozan: {log} could not be written: {error.strerror}", file=sys.stderr, flush=True)

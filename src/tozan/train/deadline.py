@@ -93,9 +93,11 @@ class Deadline:
         """Inside the block goes on what takes as long as it takes: an evaluation, a save."""
         before = self._now
         self._turn(kind, before[1], None)
-        yield
-        self._done.add(kind)
-        self._turn(*before)
+        try:
+            yield
+            self._done.add(kind)
+        finally:
+            self._turn(*before)
 
     def _turn(self, kind: str, step: int, clock: Clock | None) -> None:
         self._now = (kind, step, clock)
