@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tozan.models import Shape, create
 from tozan.models.arithmetic import block_matrices, forward_flops, hardware_flops
+from tozan.ops import native
 from tozan.parallel import recompute
 
 SHAPES = {
@@ -87,8 +88,8 @@ def test_llama_keeps_less_too():
     model = create(SHAPES["llama"], seed=0)
     none, selective, full = (kept_bytes(model, mode) for mode in ("none", "selective", "full"))
     d, f = 64, 192
-    # Gone: norm1's output and statistic, silu's output and the product, each bf16.
-    assert none - selective >= 2 * d + 2 * 2 * f
+    # Gone: norm1's output and statistic, and the product in bf16; silu's output too, where no kernel makes both at once.
+    assert none - selective >= 2 * d + 2 * f * (1 if native.status() == native.COMPILED else 2)
     assert full == 4 * d
 
 
