@@ -88,7 +88,7 @@ def test_llama_keeps_less_too():
     model = create(SHAPES["llama"], seed=0)
     none, selective, full = (kept_bytes(model, mode) for mode in ("none", "selective", "full"))
     d, f = 64, 192
-    # Gone: norm1's output and statistic, and the product in bf16; silu's output too, where no kernel makes both at once.
+    # Gone: norm1's output and statistic, and the product in bf16; silu's output too, where no kernel makes both.
     assert none - selective >= 2 * d + 2 * f * (1 if native.status() == native.COMPILED else 2)
     assert full == 4 * d
 
