@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tozan demo --out $(DEMO) $(ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The trainer under every kind of layout: the same losses, norms and checkpoints as one process."""
 
+import gc
 import itertools
 import json
 from math import prod
@@ -9,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from ranks import spawn
+from torch.nn import Parameter
 
 from tozan import checkpoint
 from tozan.comm import Mesh
@@ -181,6 +183,21 @@ def test_a_layout_trains_as_one_process_does(name, family, references, text_data
     assert state.meta["samples"] == reference.meta["samples"] == 16 * STEPS
     if name in BITWISE:
         assert checkpoint.state_hash(state.tensors) == checkpoint.state_hash(reference.tensors)
+
+
+def left_behind(path: Path, flags: list[str]) -> int:
+    gc.collect()
+    before = sum(isinstance(one, Parameter) for one in gc.get_objects())
+    run_rank([path], flags)
+    gc.collect()
+    return sum(isinstance(one, Parameter) for one in gc.get_objects()) - before
+
+
+@pytest.mark.parametrize("name", ["dp2", "dp2-zero3", "tp2", "cp2", "dp2-pp2"])
+def test_a_run_that_is_over_leaves_no_weights_behind(name, text_data, tmp_path):
+    """A process may train several times; nor may process groups stay, with their threads."""
+    flags, path = flags_of(name, GPT2), write(tmp_path / "run", text_data, steps=2)
+    assert set(spawn(processes(flags), left_behind, path, flags)) == {0}
 
 
 MATRIX = [

@@ -21,6 +21,7 @@ complete (`hand_over`); each schedule does so in the order of the micro-batches.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -76,8 +77,10 @@ class Synchronizer:
         self._seen: int | None = None
         self._pending: deque[tuple[Unit, Handle, bool]] = deque()
         self._sending: list[Handle] = []
+        # Parameters keep hooks where the garbage collector does not look: these may hold what holds them only weakly.
+        me = weakref.ref(self)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(partial(_arrived, me, number))  # type: ignore[no-untyped-call]
             for number, unit in enumerate(self._units)
             for parameter in unit.parameters.values()
         ]
@@ -133,7 +136,8 @@ class Synchronizer:
         for hook in self._hooks:
             hook.remove()
 
-    def _arrived(self, number: int, _: Tensor) -> None:
+    def _note(self, number: int) -> None:
+        """One more parameter of a unit has its gradient."""
         self._missing[number] -= 1
         if self._missing[number] == 0:
             self._completed(self._units[number])
@@ -193,3 +197,8 @@ class Synchronizer:
             self._settled(unit, c.gather_into_async(whole, self._copies, total, name=name))
         else:
             self._settled(unit, c.all_reduce_async(total, self._copies, name=name, ordered=True))
+
+
+def _arrived(synchronizer: weakref.ref[Synchronizer], number: int, _: Tensor) -> None:
+    if (found := synchronizer()) is not None:
+        found._note(number)
