@@ -109,6 +109,22 @@ def test_a_disk_is_full_read_only_or_gone_and_leaves_its_files_at_the_end(tmp_pa
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["last"]
 
 
+def test_the_kill_before_a_disturbed_restart_belongs_to_it():
+    plan = [fault(0, "kill", 3), fault(1, "kill in a restart", 9)]
+    fired = {0: (1_000, 3), 1: (3_000, 9)}
+    events = [
+        {"event": "lost", "generation": 1, "at": 1_500, "what": "rank 0"},
+        {"event": "resumed", "generation": 2, "at": 1_600, "lost": 1, "seconds": 0.2},
+        {"event": "lost", "generation": 2, "at": 2_500, "what": "rank 0"},  # so that there is a restart
+        {"event": "resumed", "generation": 3, "at": 2_900, "lost": 1, "seconds": 0.2},
+        {"event": "lost", "generation": 3, "at": 3_500, "what": "rank 0"},
+        {"event": "resumed", "generation": 4, "at": 3_600, "lost": 1, "seconds": 0.2},
+    ]
+    report = Report.make(plan, fired, events, 1000, (1.0, 2.0))
+    assert [(o.detected, o.lost) for o in report.outcomes] == [(5e-7, 1), (5e-7, 2)]
+    assert report.passed
+
+
 @pytest.mark.timeout(1500)
 def test_forty_faults_of_all_kinds_change_no_bit(tmp_path):
     report = chaos(tmp_path / "chaos", 40, 1, None, 1, [], print)

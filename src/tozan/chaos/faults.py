@@ -72,6 +72,8 @@ MEMORY_LOST = {"damaged checkpoint, memory lost"}
 """Kinds that stand for the loss of a node and all its memory: these may cost more than one step."""
 NODE_LOST = {"cable out", "half-open"}
 """Kinds after which a node is given up, and its neighbour's copies are used: these may cost more than one step too."""
+TWICE = {"kill in a restart"}
+"""Kinds that kill twice, a step in a run and then its restart, and may cost a step each time."""
 DISK = {"no space", "read-only folder"}
 """Kinds that are done to a disk, if the checkpoints have one of their own; else a rank's calls fail."""
 _AT_SAVES = {"kill in a save", "device error"} | DISK

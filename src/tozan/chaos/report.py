@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tozan.chaos.faults import HARMLESS, MEMORY_LOST, NODE_LOST, REDONE, Fault
+from tozan.chaos.faults import HARMLESS, MEMORY_LOST, NODE_LOST, REDONE, TWICE, Fault
 
 
 @dataclass
@@ -68,7 +68,8 @@ class Report:
         """Join the faults with what the agent told.
 
         A loss belongs to the newest fault since the loss before it that is to cause one; without such a fault (a
-        restart that was disturbed, a flipped bit that ended a process) to the newest one of any kind.
+        restart that was disturbed, a flipped bit that ended a process) to the newest one of any kind. A fault of a
+        restart first kills a process for there to be a restart, which is not noted: that loss is its own, too.
 
         Args:
             plan: the script.
@@ -87,9 +88,11 @@ class Report:
             if event["event"] == "lost":
                 before = [(when, outcomes[number]) for when, number in order if when <= event["at"]]
                 new = [o for when, o in before if when > since and o.kind not in HARMLESS]
+                ahead = [outcomes[number] for _, number in order[len(before) :][:1]]
+                new = new or [o for o in ahead if o.kind in TWICE]
                 culprit = next(reversed(new or [o for _, o in before]), None)
                 since = event["at"]
-                if culprit and culprit.detected is None:
+                if culprit and culprit.detected is None and fired[culprit.number][0] <= event["at"]:
                     culprit.detected = (event["at"] - fired[culprit.number][0]) / 1e9
                     culprit.noticed = event["what"]
             elif event["event"] == "grows":
@@ -109,7 +112,7 @@ class Report:
         report.differences += [
             f"fault {o.number} ({o.kind}) in step {o.step} cost {o.lost} steps"
             for o in report.outcomes
-            if o.lost > 1 and o.kind not in MEMORY_LOST | NODE_LOST
+            if o.lost > (2 if o.kind in TWICE else 1) and o.kind not in MEMORY_LOST | NODE_LOST
         ]
         return report
 
