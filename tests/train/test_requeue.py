@@ -80,7 +80,8 @@ def test_slurm_warns_requeues_and_the_run_ends_as_if_undisturbed(configure, calm
         wait_until(lambda: state() == "PENDING")
         stopped = steps(run)
         assert 40 <= stopped < STEPS
-        call("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job rest for two minutes
+        # Slurm lets a requeued job rest for two minutes; started in the same second, its batch script fails at once.
+        call("scontrol", "update", f"JobId={number}", "StartTime=now+3")
         wait_until(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
     output = (tmp_path / f"again-{number}.out").read_text()
     assert f"done: {STEPS} steps" in output, output
