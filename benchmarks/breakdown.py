@@ -10,6 +10,7 @@ model. `agree` trains in a process of its own, which py-spy samples from outside
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
@@ -26,6 +27,7 @@ from tozan import data
 from tozan.comm.ledger import Ledger
 from tozan.config import load
 from tozan.train.breakdown import Breakdown
+from tozan.train.faults import Interrupted
 from tozan.train.loop import fit
 from tozan.train.metrics import Clock
 from tozan.train.run import assemble
@@ -108,7 +110,8 @@ def train(path: Path) -> None:
     torch.set_num_threads(1)
     run = assemble(load(path))
     print("begin", flush=True)
-    fit(run)
+    with contextlib.suppress(Interrupted):  # the other side has seen enough
+        fit(run)
 
 
 def agree(folder: Path, seconds: float) -> None:
