@@ -97,6 +97,26 @@ def test_an_agent_that_is_busy_for_longer_is_not_given_up(followed):
     assert returned == [0]
 
 
+def test_a_follower_that_is_given_up_though_it_hears_its_leader_comes_back(followed, monkeypatch):
+    """What it sends is lost on the way, for a while; the other way works."""
+    crew, _, thread, returned = followed
+    lost = crew._remotes[0]
+
+    def nothing():
+        raise TimeoutError("silent")
+
+    monkeypatch.setattr(lost.wire, "hear", nothing)
+    assert [event.kind for event in crew.poll(0.01)] == ["node"]
+    end = time.monotonic() + 10
+    while crew.ranks < 2 and time.monotonic() < end:
+        crew.poll(0.05)
+    assert crew.ranks == 2
+    assert lost not in crew._remotes
+    crew.close()
+    thread.join(10)
+    assert returned == [0]
+
+
 def test_a_follower_gives_up_a_leader_that_is_silent(followed, capfd):
     crew, _, thread, returned = followed
     crew._door.close()

@@ -149,12 +149,8 @@ class Agent:
         self._shape = new
         if old is None or new == old:
             return 0
-        told = (
-            {"ranks": new.ranks, "flags": list(new.flags), "forecast": new.seconds}
-            if new
-            else {"ranks": 0, "flags": []}
-        )
-        self._tell("layout", number, **told)
+        told = new or Shape(0)
+        self._tell("layout", number, ranks=told.ranks, flags=list(told.flags), forecast=told.seconds)
         rescues = 0
         if new is not None and new.ranks < old.ranks and self.crew.newest(old.ranks) is not None:
             saved = self._generation(number, old, leave=True)

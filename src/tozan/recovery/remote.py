@@ -36,6 +36,7 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket, self._pending, self.heard = connection, b"", time.monotonic()
         self._turn = threading.RLock()  # a signal's handler may have something to say while its thread speaks
+        self._over = threading.Event()
 
     def say(self, **words: Any) -> None:
         """Send a message.
@@ -52,9 +53,12 @@ class Wire:
 
     def _beat(self) -> None:
         with contextlib.suppress(OSError):  # until the connection is closed, on either side
-            while True:
+            while not self._over.wait(BEAT):
                 self.say(beat=True)
-                time.sleep(BEAT)
+
+    def fall_silent(self) -> None:
+        """No more signs of life: the other side, if it still hears this one, is to know that it has been given up."""
+        self._over.set()
 
     def hear(self) -> list[dict[str, Any]]:
         """Messages that have come; does not wait.
@@ -160,7 +164,7 @@ class Remote:
             try:
                 self.wire.say(**words)
             except OSError:
-                self.gone = True
+                self._lose(silent=False)
 
     def _hear(self) -> None:
         if self.gone:
@@ -168,7 +172,7 @@ class Remote:
         try:
             messages = self.wire.hear()
         except OSError as error:
-            self.gone, self.silent = True, isinstance(error, TimeoutError)
+            self._lose(silent=isinstance(error, TimeoutError))
             return
         for said in messages:
             if "begun" in said and said["starts"] == self._starts:
@@ -180,6 +184,10 @@ class Remote:
                 if event.kind == "ended":
                     self.processes.pop(event.rank, None)
                 self._events.append(event)
+
+    def _lose(self, silent: bool) -> None:
+        self.gone, self.silent = True, silent
+        self.wire.fall_silent()
 
 
 class Follower:

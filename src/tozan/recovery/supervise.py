@@ -36,8 +36,8 @@ def supervise(config: Path, flags: Sequence[str], nodes: int, number: int, leade
     """
     found = load(config, flags).config
     if number:
-        follower = Follower(leader)
         with handled_by(signal.SIG_IGN):  # schedulers warn all agents of a job; the leading one acts on it
+            follower = Follower(leader)
             try:
                 return follower.run(found.recovery.wait)
             finally:
