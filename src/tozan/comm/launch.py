@@ -78,17 +78,7 @@ def join(
     bound = _bind(place, store, threads)
     if place.local_rank == 0 or place.local_size <= 8:
         print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
-    beats = _part(_connect(place, timeout_s), f"monitor {place.generation}")
-    monitor = Monitor(
-        beats,
-        place.rank,
-        place.world_size,
-        Ledger(),
-        lost_after=lost_after_s,
-        hang_after=timeout_s,
-        speaks=place.rank == 1 or place.local_rank == 0,
-        explain=not place.restarts,  # an agent knows who was lost, and everyone is to leave at once
-    ).start()
+    monitor = _monitor(place, timeout_s, lost_after_s).start()
     try:
         yield Mesh.create(layout, timeout_s=patience.total_seconds(), debug=debug, monitor=monitor)
     except CommunicationError as error:
@@ -100,6 +90,20 @@ def join(
     _leave(place, store)
     monitor.stop()
     dist.destroy_process_group()
+
+
+def _monitor(place: Place, timeout_s: float, lost_after_s: float) -> Monitor:
+    """This rank's heartbeat, over a connection of its own: others may wait for answers."""
+    return Monitor(
+        _part(_connect(place, timeout_s), f"monitor {place.generation}"),
+        place.rank,
+        place.world_size,
+        Ledger(),
+        lost_after=lost_after_s,
+        hang_after=timeout_s,
+        speaks=place.rank == 1 or place.local_rank == 0,
+        explain=not place.restarts,  # an agent knows who was lost, and everyone is to leave at once
+    )
 
 
 def _meet(place: Place, timeout_s: float) -> TCPStore:

@@ -90,18 +90,7 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
                     breakdown.end(run.step, clock)
                     report(run, result, metrics, clock, breakdown)
                     bad.record(run.step, None if result.overflow else result.skipped)
-                    last = run.step == config.train.steps
-                    if due(run.step, config.eval.every) or last:
-                        with deadline.during("evaluation"):
-                            score = evaluate(run, metrics)
-                        clock.mark("evaluation")
-                    if due(run.step, config.checkpoint.every) or last:
-                        with deadline.during("checkpoint"):
-                            save(run, saver, metrics)
-                        clock.mark("checkpoint")
-                    if not last:  # the last step counts as done when its checkpoint is on the disk
-                        run.copies.keep(run)
-                        clock.mark("copy")
+                    score = between_steps(run, saver, metrics, clock, deadline) or score
                 except SilentError as error:
                     with deadline.during("going back"):
                         roll_back(run, saver, metrics, error)
@@ -113,6 +102,30 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
         breakdown.close()
         write_ledger(run)
     return Result(run.folder, run.step, result.loss if result else None, score)
+
+
+def between_steps(
+    run: Run, saver: Saver, metrics: Metrics, clock: Clock, deadline: Deadline
+) -> dict[str, float | int] | None:
+    """What is due after a step: an evaluation, whose score is returned, a checkpoint, the copy in memory.
+
+    Raises:
+        SilentError: bits of the state changed in memory since the last update.
+    """
+    config, score = run.config, None
+    last = run.step == config.train.steps
+    if due(run.step, config.eval.every) or last:
+        with deadline.during("evaluation"):
+            score = evaluate(run, metrics)
+        clock.mark("evaluation")
+    if due(run.step, config.checkpoint.every) or last:
+        with deadline.during("checkpoint"):
+            save(run, saver, metrics)
+        clock.mark("checkpoint")
+    if not last:  # the last step counts as done when its checkpoint is on the disk
+        run.copies.keep(run)
+        clock.mark("copy")
+    return score
 
 
 def tell(run: Run, result: StepResult, metrics: Metrics) -> None:
