@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sockets import connected, listening, reaches
 
 from tozan import checkpoint
 from tozan.chaos import hosts
@@ -69,9 +70,9 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
         leading, following = agents(path, everyone, layout)
         wait_until(lambda: step(hurt) >= 20)
         for host in everyone:  # agents, their store, gloo: on the interface between the hosts, or on loopback
-            addresses = {address for address, _ in host.listening()}
+            addresses = {address for address, _ in listening(host)}
             assert host.address in addresses
-            assert addresses <= {host.address, "127.0.0.1"}, host.listening()
+            assert addresses <= {host.address, "127.0.0.1"}, listening(host)
         second.unplug()  # nobody is told: connections are half open
         wait_until(lambda: events(hurt, "rescued"))
         rescued, lost = events(hurt, "rescued")[0], events(hurt, "lost")[0]
@@ -82,7 +83,7 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
         remaining = max(pid for pid in first.processes() if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(remaining, signal.SIGSTOP)  # or the run may be over before the node is back
         second.plug()
-        wait_until(lambda: first.connected(PORT))
+        wait_until(lambda: connected(first, PORT))
         time.sleep(0.5)  # for the agent to see who has come
         os.kill(remaining, signal.SIGCONT)
         _, errors = leading.communicate(timeout=400)
@@ -113,11 +114,11 @@ def test_no_port_of_a_job_on_one_machine_can_be_reached_from_another(configure):
         port = int(control.stdout.readline())
         job = here.start(words)
         wait_until(lambda: step(path.with_suffix("")) >= 3 or job.poll() is not None)
-        listening = here.listening()
-        ports = {port for _, port in listening}
-        assert len(ports) >= 4, listening  # the store, connections of gloo on both ranks, and the control
-        assert elsewhere.reaches(here.address, ports) == {port}, listening
-        assert ("0.0.0.0", port) in listening
+        heard = listening(here)
+        ports = {port for _, port in heard}
+        assert len(ports) >= 4, heard  # the store, connections of gloo on both ranks, and the control
+        assert reaches(elsewhere, here.address, ports) == {port}, heard
+        assert ("0.0.0.0", port) in heard
 
 
 def test_the_nearest_layout_keeps_the_batch_and_gives_up_replicas_first(configure):

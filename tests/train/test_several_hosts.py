@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sockets import listening
 from tests.train.test_layouts import curves, write
 
 from tozan import checkpoint
@@ -99,7 +100,7 @@ def test_a_cut_cable_ends_both_sides_with_a_message_each_that_names_who_is_lost(
         assert all(rank.poll() is None for rank in ranks)
         time.sleep(0.1)
     for host in pair:  # rank 0's store and gloo: on the interface between the hosts, or on loopback
-        assert {address for address, _ in host.listening()} - {"127.0.0.1"} == {host.address}, host.listening()
+        assert {address for address, _ in listening(host)} - {"127.0.0.1"} == {host.address}, listening(host)
     pair[1].unplug()
     cut = time.monotonic()
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]

@@ -14,15 +14,12 @@ firewall and no netem, which small kernels lack.
 
 from __future__ import annotations
 
-import array
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +30,6 @@ _ADDRESS = "192.168.213.{}"
 address by mistake; with these it does not."""
 _NOBODY = "02:00:00:00:00:00"
 _ETC = Path("/etc/netns")
-_OPEN, _LISTEN = "01", "0A"
-_CONNECT = """
-import socket, sys
-for port in sys.argv[2:]:
-    try:
-        socket.create_connection((sys.argv[1], int(port)), timeout=2).close()
-    except OSError:
-        continue
-    print(port)
-"""
 _HOSTNAME = 'hostname "$0" && exec "$@"'
 
 
@@ -94,37 +81,6 @@ class Host:
     def plug(self) -> None:
         """Bring the link up again."""
         _ip("-n", self.space, "link", "set", INTERFACE, "up")
-
-    def connected(self, port: int) -> int:
-        """Connections to a port of this host that are open, both ends told apart by the kernel's table."""
-        table = Path("/proc", str(self.processes()[0]), "net/tcp").read_text().splitlines()[1:]
-        return sum(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == _OPEN for line in table)
-
-    def listening(self) -> set[tuple[str, int]]:
-        """(address, port) of every socket on which a process of this host listens, as the kernel has them."""
-        found = {}
-        processes = [Path("/proc", str(process)) for process in self.processes()]
-        for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-            for line in (processes[0] / "net" / table).read_text().splitlines()[1:]:
-                _, local, _, state, *_, inode = line.split()[:10]
-                if state == _LISTEN:
-                    address, port = local.split(":")
-                    words = array.array("I", bytes.fromhex(address))
-                    words.byteswap()  # the kernel prints words of 32 bits, each in the machine's order
-                    found[f"socket:[{inode}]"] = socket.inet_ntop(family, words.tobytes()), int(port, 16)
-        held = set()
-        for process in processes:
-            for descriptor in (process / "fd").iterdir():
-                with suppress(OSError):
-                    held.add(str(descriptor.readlink()))
-        return {where for name, where in found.items() if name in held}
-
-    def reaches(self, address: str, ports: Iterable[int]) -> set[int]:
-        """The ports at an address to which this host can connect."""
-        done = subprocess.run(
-            self.command([sys.executable, "-c", _CONNECT, address, *map(str, ports)]), capture_output=True, text=True
-        )
-        return set(map(int, done.stdout.split()))
 
     def mute(self, other: Host) -> None:
         """Send everything for another host to a card that nobody has: lost one way, while answers still come."""
