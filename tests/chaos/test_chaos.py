@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tozan.chaos import faults, hosts
 from tozan.chaos.disk import mounted
 from tozan.chaos.report import Report
-from tozan.chaos.run import chaos, read_events
+from tozan.chaos.run import STEPS_PER_FAULT, chaos, read_events
 
 
 @given(st.integers(0, 2**32), st.integers(1, 500), st.integers(1, 4), st.booleans(), st.booleans())
@@ -127,11 +127,14 @@ def test_the_kill_before_a_disturbed_restart_belongs_to_it():
 
 @pytest.mark.timeout(1500)
 def test_forty_faults_of_all_kinds_change_no_bit(tmp_path):
-    report = chaos(tmp_path / "chaos", 40, 1, None, 1, [], print)
-    assert report.passed, report.table() + (tmp_path / "chaos" / "hurt.log").read_text()[-5000:]
+    """With half of the usual steps between faults; of steps done again, no more than 3% of the usual number."""
+    report = chaos(tmp_path / "chaos", 40, 1, 20 * STEPS_PER_FAULT, 1, [], print)
+    said = report.table() + (tmp_path / "chaos" / "hurt.log").read_text()[-5000:]
+    assert report.differences == [], said
+    assert report.lost <= 0.03 * 40 * STEPS_PER_FAULT, said
     assert set(Counter(o.kind for o in report.outcomes)) == set(faults.KINDS)
     assert report.generations > 20
-    assert json.loads((tmp_path / "chaos" / "report.json").read_text())["passed"] is True
+    assert json.loads((tmp_path / "chaos" / "report.json").read_text())["lost"] == report.lost
 
 
 @pytest.mark.skipif(not hosts.available(), reason="needs root and iproute2")
