@@ -116,26 +116,30 @@ def test_killed_before_each_call_of_a_save(tmp_path, monkeypatch, make_state, eq
         old = type(old)(2, old.tensors, old.meta, old.files)
     if scene.endswith("no atomic exchange"):
         monkeypatch.setattr(files, "exchange", lambda one, other: False)
+
+    def work(root, kernel):
+        with pytest.MonkeyPatch.context() as patch:
+            kernel.install(patch)
+            with Saver(root, keep_last=1, background=False) as saver:
+                saver.save(new)
+
+    save(tmp_path / "whole", old)
+    undisturbed = Kernel()
+    work(tmp_path / "whole", undisturbed)
+    calls = [call for call, _ in undisturbed.log]
+    assert len(calls) > 25
+    places = [at for at, call in enumerate(calls, 1) if act is die or call == "write"]  # half is of a write alone
     outcomes = []
-    for at in range(1, 200):
+    for at in [*places, len(calls) + 1]:
         root = tmp_path / str(at)
         save(root, old)
-
-        def work(root=root, at=at):
-            with pytest.MonkeyPatch.context() as patch:
-                Kernel(act, at).install(patch)
-                with Saver(root, keep_last=1, background=False) as saver:
-                    saver.save(new)
-
-        status = in_child(work)
+        status = in_child(partial(work, root, Kernel(act, at)))
+        assert os.WTERMSIG(status) == (signal.SIGKILL if at <= len(calls) else 0)
         with Saver(root, keep_last=1):
             assert not [path.name for path in root.iterdir() if not path.name.startswith("step-")]
         outcomes.append(check_old_or_new(root, [old], [new], equal))
         shutil.rmtree(root)
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-    assert at > 25
+    assert status == 0
     assert outcomes == sorted(outcomes), "old before the rename, new ever after"
     assert outcomes[0] is False
     assert outcomes[-1] is True
