@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from tozan.comm.monitor import EXIT_LOST
 from tozan.comm.place import Place, check, expand_counts, expand_hosts, find, interface_to
@@ -29,15 +30,7 @@ def start(ranks, role, **variables):
     for rank in range(ranks):
         e = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
         e |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | variables
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, WORKER, str(ranks), role],
-                env=os.environ | {name: str(value) for name, value in e.items()},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        processes.append(Forked([WORKER, ranks, role], **e))
     return processes
 
 

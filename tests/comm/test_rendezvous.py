@@ -1,13 +1,12 @@
 """Who can reach the ranks' store, and what a stranger who reaches it can do."""
 
-import os
 import secrets
 import shutil
 import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
+from forked import Forked
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from tozan.comm import rendezvous
@@ -83,15 +82,13 @@ with launch.join(Layout(dp=2), timeout_s=5, lost_after_s=3) as mesh:
 """
 
 
-def start(port, keys):
-    processes = []
-    for rank, key in enumerate(keys):
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": str(port), rendezvous.VARIABLE: key}
-        words = [sys.executable, "-c", WORKER]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(words, env=environment, text=True, **pipes))
-    return processes
+def start(folder, port, keys):
+    (folder / "worker.py").write_text(WORKER)
+    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Forked([folder / "worker.py"], RANK=rank, **common, **{rendezvous.VARIABLE: key})
+        for rank, key in enumerate(keys)
+    ]
 
 
 def free_port() -> int:
@@ -99,11 +96,11 @@ def free_port() -> int:
 
 
 @pytest.mark.skipif(shutil.which("ss") is None, reason="needs iproute2")
-def test_a_job_on_one_machine_listens_on_loopback_only():
+def test_a_job_on_one_machine_listens_on_loopback_only(tmp_path):
     """Every listening socket of both ranks, as the kernel sees them."""
     key = secrets.token_hex(16)
     port = free_port()
-    ranks = start(port, [key, key])
+    ranks = start(tmp_path, port, [key, key])
     try:
         assert [rank.stdout.readline() for rank in ranks] == ["2\n", "2\n"]
         table = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
@@ -111,22 +108,23 @@ def test_a_job_on_one_machine_listens_on_loopback_only():
         assert f"127.0.0.1:{port}" in own
         assert len(own) >= 3
         assert all(address.startswith("127.0.0.1:") for address in own), own
-        outcomes = [rank.communicate("\n", timeout=60) for rank in ranks]
+        for rank in ranks:
+            rank.type("\n")
+        outcomes = [rank.communicate(timeout=60) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0]
     assert "signed with the job's secret" in outcomes[0][1]
     assert f"127.0.0.1:{port}" in outcomes[0][1]
 
 
-def test_a_rank_with_another_secret_is_not_admitted():
-    ranks = start(free_port(), ["right", "wrong"])
+def test_a_rank_with_another_secret_is_not_admitted(tmp_path):
+    ranks = start(tmp_path, free_port(), ["right", "wrong"])
     try:
-        errors = [rank.communicate("\n", timeout=90)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=90)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
     assert all(rank.returncode for rank in ranks)
     assert any("is not signed with this job's secret" in error for error in errors), errors

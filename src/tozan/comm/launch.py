@@ -99,6 +99,7 @@ def _monitor(place: Place, timeout_s: float, lost_after_s: float) -> Monitor:
         place.rank,
         place.world_size,
         Ledger(),
+        interval=lost_after_s / 6,
         lost_after=lost_after_s,
         hang_after=timeout_s,
         speaks=place.rank == 1 or place.local_rank == 0,
