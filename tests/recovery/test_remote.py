@@ -20,10 +20,10 @@ SILENCE = 0.5
 
 
 class Idle:
-    """A node without ranks, which takes its time to end."""
+    """A node without ranks, which takes `ending` seconds to end."""
 
     def __init__(self, output=None):
-        self.memories, self.processes, self.ending = {}, {}, 3 * SILENCE
+        self.memories, self.processes, self.ending = {}, {}, 0.0
         self._reading, self._writing = os.pipe()
 
     def fileno(self):
@@ -58,7 +58,8 @@ def followed(monkeypatch):
 
 
 def test_a_follower_hears_goodbye_though_the_leaders_node_ends_slowly(followed):
-    crew, _, thread, returned = followed
+    crew, follower, thread, returned = followed
+    crew._node.ending = follower.node.ending = 3 * SILENCE
     crew.close()
     thread.join(10)
     assert returned == [0]
@@ -66,7 +67,6 @@ def test_a_follower_hears_goodbye_though_the_leaders_node_ends_slowly(followed):
 
 def test_a_follower_hears_goodbye_beside_nodes_that_are_gone(followed):
     crew, _, thread, returned = followed
-    crew._node.ending = 0
     gone = [socket.create_connection(crew._door.getsockname()) for _ in range(3)]
     for connection in gone:
         connection.sendall(json.dumps({"hello": "gone", "guests": 1, "token": token()}).encode() + b"\n")
