@@ -151,7 +151,7 @@ def node_shape(_context: click.Context, _option: click.Parameter, text: str) -> 
 @cli.command(
     context_settings=FLAGS,
     epilog=examples(
-        "tozan launch run.toml --layout.data 8 --nodes 2 --cores 48 --dry-run",
+        "tozan launch run.toml --launcher slurm --layout.data 8 --nodes 2 --cores 48 --dry-run",
         "tozan launch run.toml --launcher pjm --nodes 12 --shape 2x3x2 --queue small --stage data/mine --dry-run",
     ),
 )
@@ -160,14 +160,14 @@ def node_shape(_context: click.Context, _option: click.Parameter, text: str) -> 
 @click.option("--launcher", type=click.Choice(["torchrun", "mpirun", "slurm", "pjm"]), help="Default: what is here.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
 @click.option("--cores", type=click.IntRange(min=0), default=0, help="Cores of a node; 0: ranks bind themselves.")
-@click.option("--minutes", type=click.IntRange(min=1), default=60, show_default=True, help="Time limit.")
+@click.option("--minutes", type=click.IntRange(min=0), default=0, help="Time limit; in a batch system 60 by default.")
 @click.option("--queue", help="Slurm's partition, PJM's resource group.")
 @click.option("--account", help="Slurm's account, PJM's group.")
 @click.option("--shape", default="", callback=node_shape, help="PJM's node shape, such as 2x3x2.")
-@click.option("--stage", multiple=True, help="File that every rank reads: copied to the nodes first (llio_transfer).")
+@click.option("--stage", multiple=True, help="PJM: file that every rank reads, copied to the nodes by llio_transfer.")
 @click.option("--hosts", help="File of host names, for mpirun on several nodes.")
 @click.option("--agent", is_flag=True, help="One agent on each node, which starts its processes and watches over them.")
-@click.option("--restarts", type=click.IntRange(min=0), default=0, help="After a lost process (torchrun, Slurm).")
+@click.option("--restarts", type=click.IntRange(min=0), default=0, help="Starts after a lost process.")
 @click.option("--dry-run", is_flag=True, help="Print the script and start nothing.")
 def launch(config: Path, flags: tuple[str, ...], launcher: Any, dry_run: bool, agent: bool, **options: Any) -> None:
     """Start a run with as many processes as its layout needs, under torchrun, mpirun, Slurm or PJM."""
@@ -175,7 +175,8 @@ def launch(config: Path, flags: tuple[str, ...], launcher: Any, dry_run: bool, a
     from tozan.comm.jobs import Job, start
     from tozan.config import load
 
-    ranks = options["nodes"] if agent else load(config, flags).config.layout.processes
+    processes = load(config, flags).config.layout.processes
+    ranks = options["nodes"] if agent else processes
     command = (sys.executable, "-m", "tozan", "agent" if agent else "train", str(config.resolve()), *flags)
     job = Job(command, ranks, agents=agent, **options)
     raise click.exceptions.Exit(start(job, launcher, dry_run=dry_run))

@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -29,6 +29,31 @@ _SECRET = f'export {VARIABLE}="${{{VARIABLE}:-$(od -An -N32 -tx1 /dev/urandom | 
 _FIRST_COMPUTE_DOMAIN = 4
 """On Fugaku NUMA nodes 0 to 3 hold the assistant cores, 4 to 7 the four CMGs that compute."""
 _CMGS, _CMG_CORES = 4, 12
+_BATCH: tuple[Launcher, ...] = ("slurm", "pjm")
+_DEFAULT_MINUTES = 60
+_LOSSES = f"{EXIT_LOST} | 13[4-79]"
+"""Bash pattern of a lost rank's exit statuses: what the others leave with, or 128 + SIGABRT, BUS, FPE, KILL or SEGV."""
+_OPTIONS: Mapping[str, tuple[tuple[Launcher, ...], str, str]] = {
+    "cores": (
+        ("mpirun", "slurm", "pjm"),
+        "its ranks share out all cores that their node leaves them",
+        "leave it out; `taskset -c 0-47 tozan launch …` keeps all of them on some cores, train.threads limits threads",
+    ),
+    "queue": (_BATCH, "it has no queues", "leave it out, or use --launcher slurm or pjm"),
+    "account": (_BATCH, "it keeps no accounts", "leave it out, or use --launcher slurm or pjm"),
+    "shape": (("pjm",), "it cannot choose where nodes stand", "leave it out, or use --launcher pjm"),
+    "stage": (
+        ("pjm",),
+        "it copies no files to the nodes' storage",
+        "leave it out, copy the data to a local disk of every node yourself and set data.path to it",
+    ),
+    "hosts": (
+        ("mpirun",),
+        "it takes no list of machines",
+        "leave it out (a batch system chooses its nodes; torchrun is started on each), or use --launcher mpirun",
+    ),
+}
+"""Options that not every launcher can act on: who does, why others cannot, and what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,7 @@ class Job:
         nodes: machines.
         cores: cores of a node that ranks may use; 0 leaves it to the launcher (on PJM: 48).
         name: of the job.
-        minutes: time limit.
+        minutes: time limit of each start; 0: an hour under a batch system, else none.
         queue: Slurm's partition, PJM's resource group.
         account: Slurm's account, PJM's group.
         shape: PJM's node shape, such as (2, 3, 2); its product is `nodes`.
@@ -51,7 +76,7 @@ class Job:
             PJM_LLIO_GFSCACHE, the volumes that it uses.
         hosts: file of host names, for mpirun on several nodes outside an allocation.
         agents: each process is an agent that survives the loss of other nodes.
-        restarts: times that the job is started again after a rank was lost (torchrun and Slurm).
+        restarts: times that the job is started again after a rank was lost.
     """
 
     command: tuple[str, ...]
@@ -59,7 +84,7 @@ class Job:
     nodes: int = 1
     cores: int = 0
     name: str = "tozan"
-    minutes: int = 60
+    minutes: int = 0
     queue: str | None = None
     account: str | None = None
     shape: tuple[int, ...] = ()
@@ -118,6 +143,8 @@ def problems(job: Job, launcher: str, given: Allocation | None = None) -> list[P
 
     if launcher not in get_args(Launcher):
         wrong(f"launcher {launcher!r} is none of {', '.join(get_args(Launcher))}", "choose one of them")
+    else:
+        found += _ignored(job, launcher, given)
     if job.ranks < 1 or job.nodes < 1 or job.ranks % job.nodes:
         nearest = max(1, round(job.ranks / max(1, job.nodes))) * max(1, job.nodes)
         wrong(f"{job.ranks} ranks on {job.nodes} nodes: each node must get the same number", f"ask for {nearest} ranks")
@@ -132,9 +159,9 @@ def problems(job: Job, launcher: str, given: Allocation | None = None) -> list[P
             wrong(f"node shape {sides} = {prod(job.shape)}, but nodes = {job.nodes}", f"set nodes = {prod(job.shape)}")
         if job.per_node not in (1, 2, _CMGS):
             wrong(f"{job.per_node} ranks per node: a node has {_CMGS} CMGs", "use 1, 2 or 4 ranks per node")
-        if job.order and sorted(job.order) != list(range(len(job.shape))):
-            dims = ", ".join(map(str, range(len(job.shape))))
-            wrong(f"order {job.order} does not name each of the shape's dims ({dims}) once", f"write {dims}")
+    if job.order and sorted(job.order) != list(range(len(job.shape))):
+        dims = ", ".join(map(str, range(len(job.shape))))
+        wrong(f"order {job.order} does not name each of the shape's dims ({dims}) once", f"write {dims}")
     if given is None:
         return found
     if given.launcher != launcher:
@@ -144,6 +171,31 @@ def problems(job: Job, launcher: str, given: Allocation | None = None) -> list[P
     if given.ranks is not None and given.ranks != job.ranks:
         wrong(f"asked for {job.ranks} ranks, the allocation has {given.ranks}", "change the layout or the allocation")
     return found
+
+
+def _ignored(job: Job, launcher: str, given: Allocation | None) -> Iterator[Problem]:
+    """Options that would change nothing."""
+
+    def ignored(name: str, why: str, instead: str) -> Problem:
+        value = getattr(job, name)
+        shown = "x".join(map(str, value)) if name == "shape" else " ".join(value) if name == "stage" else value
+        return Problem("launch", f"{launcher} would ignore --{name} {shown}: {why}", instead)
+
+    for name, (takers, why, instead) in _OPTIONS.items():
+        if getattr(job, name) and launcher not in takers:
+            yield ignored(name, why, instead)
+    if launcher == "pjm" and job.cores not in (0, _CMGS * _CMG_CORES):
+        yield ignored("cores", f"ranks get all {_CMG_CORES} cores of their CMGs", "leave it out")
+    if given is not None:
+        for name in ("queue", "account", "minutes", "shape"):
+            if getattr(job, name) and (name not in _OPTIONS or launcher in _OPTIONS[name][0]):
+                yield ignored(name, "the allocation that this shell is in was given already", "leave it out")
+    if job.agents and launcher == "torchrun" and job.nodes > 1:
+        yield Problem(
+            "launch",
+            "torchrun cannot start the --agent of several nodes: its own agents answer at MASTER_ADDR:MASTER_PORT",
+            "use --launcher mpirun, slurm or pjm, or leave --agent out and use --restarts",
+        )
 
 
 def script(job: Job, launcher: Launcher, *, header: bool = True) -> str:
@@ -169,7 +221,7 @@ def script(job: Job, launcher: Launcher, *, header: bool = True) -> str:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
     if job.nodes == 1 or launcher != "torchrun":
         lines.append(_SECRET)
-    if job.cores_per_rank and launcher != "pjm":
+    if job.cores_per_rank and launcher != "pjm":  # there the CMGs say it
         lines.append(f"export OMP_NUM_THREADS={job.cores_per_rank}")
     body = {"torchrun": _torchrun, "mpirun": _mpirun, "slurm": _slurm, "pjm": _pjm}[launcher]
     return "\n".join([*lines, *body(job), ""])
@@ -234,8 +286,30 @@ def _installed() -> Launcher:
     return "torchrun"
 
 
-def _time(minutes: int) -> str:
+def _time(job: Job) -> str:
+    minutes = job.minutes or _DEFAULT_MINUTES
     return f"{minutes // 60:02d}:{minutes % 60:02d}:00"
+
+
+def _limit(job: Job, signal: str) -> str:
+    """Where no batch system does it: ask a job to save and leave when its time is up, and end it two minutes later."""
+    if not job.minutes:
+        return ""
+    return f"timeout --foreground --preserve-status --signal={signal} --kill-after=2m {job.minutes}m "
+
+
+def _again(job: Job, command: str) -> list[str]:
+    """Lines that run a command, and again after a loss; not after signals that ask it to end, or an error of its own."""
+    if not job.restarts:
+        return [command]
+    return [
+        f"for ((left = {job.restarts}; ; left--)); do",
+        "    status=0",
+        f"    {command} || status=$?",
+        f'    case "$status" in {_LOSSES}) ((left == 0)) || continue ;; esac',
+        '    exit "$status"',
+        "done",
+    ]
 
 
 def _torchrun(job: Job) -> list[str]:
@@ -248,7 +322,7 @@ def _torchrun(job: Job) -> list[str]:
         where = f"--nnodes={job.nodes} --rdzv-backend=c10d --rdzv-id={shlex.quote(job.name)}"
         where += f' --rdzv-endpoint="${{MASTER_ADDR:?name of the first node}}:{_PORT}"'
     where += f" --max-restarts={job.restarts}"
-    return [*lines, f"exec torchrun {where} --nproc-per-node={job.per_node} --no-python {shlex.join(job.command)}"]
+    return [*lines, f"exec {_limit(job, 'TERM')}torchrun {where} --nproc-per-node={job.per_node} --no-python {shlex.join(job.command)}"]
 
 
 def _mpirun(job: Job) -> list[str]:
@@ -267,7 +341,8 @@ def _mpirun(job: Job) -> list[str]:
     if os.geteuid() == 0:
         options.append("--allow-run-as-root")
     options += [f"-x {name}" for name in job.environment]
-    return [*lines, f"exec mpirun {' '.join(options)} {shlex.join(job.command)}"]
+    command = f"{_limit(job, 'USR1')}mpirun {' '.join(options)} {shlex.join(job.command)}"
+    return lines + (_again(job, command) if job.restarts else [f"exec {command}"])
 
 
 def _slurm_header(job: Job) -> list[str]:
@@ -275,7 +350,7 @@ def _slurm_header(job: Job) -> list[str]:
     options += [f"--ntasks-per-node={job.per_node}"]
     if job.cores_per_rank:
         options.append(f"--cpus-per-task={job.cores_per_rank}")
-    options += [f"--time={_time(job.minutes)}", f"--output={job.name}-%j.out"]
+    options += [f"--time={_time(job)}", f"--output={job.name}-%j.out"]
     options += ["--signal=USR1@120", "--requeue", "--open-mode=append", *(["--no-kill"] if job.agents else [])]
     options += [f"--partition={job.queue}"] if job.queue else []
     options += [f"--account={job.account}"] if job.account else []
@@ -290,18 +365,21 @@ def _slurm(job: Job) -> list[str]:
         options += f" --cpus-per-task={job.cores_per_rank} --cpu-bind=verbose,cores --distribution=block:block"
     else:
         options += " --cpu-bind=none"
-    lost = f'[ "$status" = {EXIT_LOST} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.restarts} ]'
     return [
-        "status=0",
+        "status=0 again=",
         f"srun {options} {shlex.join(job.command)} || status=$?",
-        f'if [ "$status" = {EXIT_AGAIN} ] || {{ {lost}; }}; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'case "$status" in',
+        f"    {EXIT_AGAIN}) again=1 ;;",
+        f'    {_LOSSES}) [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.restarts} ] || again=1 ;;',
+        "esac",
+        '[ -z "$again" ] || scontrol requeue "$SLURM_JOB_ID"',
         'exit "$status"',
     ]
 
 
 def _pjm_header(job: Job) -> list[str]:
     shape = "x".join(map(str, job.shape)) + ":strict" if job.shape else str(job.nodes)
-    lines = [f"-N {job.name}", f'-L "node={shape}"', f'-L "elapse={_time(job.minutes)}"']
+    lines = [f"-N {job.name}", f'-L "node={shape}"', f'-L "elapse={_time(job)}"']
     lines += [f'-L "rscgrp={job.queue}"'] if job.queue else []
     lines += [f'-g "{job.account}"'] if job.account else []
     lines += [f'--mpi "proc={job.ranks}"', f'--mpi "max-proc-per-node={job.per_node}"']
@@ -320,11 +398,13 @@ def _pjm(job: Job) -> list[str]:
     cmgs, first = _CMGS // job.per_node, _FIRST_COMPUTE_DOMAIN
     low = f"$(({first} + {cmgs} * PLE_RANK_ON_NODE))"
     domains = low if cmgs == 1 else f"{low}-$(({first + cmgs - 1} + {cmgs} * PLE_RANK_ON_NODE))"
-    lines += [
+    mpiexec = (
+        f"mpiexec -n {job.ranks} -x MASTER_ADDR -x MASTER_PORT -x {VARIABLE} -stdout-proc {job.name}.%j/%/1000R/out "
+        f'-stderr-proc {job.name}.%j/%/1000R/err bash -c "$bind" -- {shlex.join(job.command)}'
+    )
+    return [
+        *lines,
         "# one rank on each CMG (or pair, or all four), with its memory beside it",
         f"bind='exec numactl --cpunodebind={domains} --membind={domains} \"$@\"'",
-        "mpiexec -n "
-        f"{job.ranks} -x MASTER_ADDR -x MASTER_PORT -x {VARIABLE} -stdout-proc {job.name}.%j/%/1000R/out "
-        f'-stderr-proc {job.name}.%j/%/1000R/err bash -c "$bind" -- {shlex.join(job.command)}',
+        *_again(job, mpiexec),
     ]
-    return lines

@@ -11,8 +11,8 @@ from tozan.report.words import fall, middle, percent
 RULES = (
     (
         "data", 0.05,
-        "Reading samples takes {share} of the time: put the shards on a local disk (`tozan launch --stage`), and see "
-        "`tozan bench io`.",
+        "Reading samples takes {share} of the time: put the shards on a local disk (on Fugaku `tozan launch --stage`), "
+        "and see `tozan bench io`.",
     ),
     (
         "bubble", 0.10,
