@@ -1,7 +1,9 @@
 """Nominal peaks: against data sheets, and the clock of this machine against what a product reaches here."""
 
+import os
 import platform
 
+import psutil
 import pytest
 import torch
 
@@ -43,6 +45,23 @@ def test_flops_per_cycle_are_those_of_the_data_sheets(cpu, cores, hertz, precisi
 )  # fmt: skip
 def test_what_is_not_known_is_not_guessed(cpu):
     assert processor.core(cpu) is None
+
+
+def test_arms_numbers_have_names():
+    assert processor.name({"CPU implementer": "0x46", "CPU part": "0x001"}) == "A64FX"
+    assert processor.name({"CPU implementer": "0x41", "CPU part": "0xd4f", "model name": "ARMv8"}) == "Neoverse V2"
+    assert processor.name({"CPU implementer": "0x41", "CPU part": "0xfff"}).endswith(", part 0xfff")
+    assert processor.name({"model name": "AMD EPYC 9654"}) == "AMD EPYC 9654"
+    assert processor.name({})
+
+
+def test_cores_and_memory_where_the_system_counts_otherwise(monkeypatch):
+    before = processor.peak_memory()
+    assert psutil.Process().memory_info().rss * 0.9 < before < psutil.virtual_memory().total
+    monkeypatch.setattr(processor.sys, "platform", "darwin")  # which counts bytes, and binds no process to cores
+    monkeypatch.delattr(processor.os, "sched_getaffinity")
+    assert processor.peak_memory() == pytest.approx(before / 1024, rel=0.1)
+    assert processor.cores() == os.cpu_count()
 
 
 def machine(root, clock):

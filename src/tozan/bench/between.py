@@ -19,8 +19,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from tozan.bench import measure, ranks, units
-from tozan.comm import Mesh, collectives
+from tozan.bench import ranks, units
+from tozan.comm import Mesh, collectives, processor
 from tozan.layout import Layout
 from tozan.train.machine import keep_freed_memory, measure_gemm_rate
 
@@ -33,7 +33,7 @@ REPEATS = 5
 
 def crowd(precision: str, seconds: float, shrink: int) -> dict[str, list[float]]:
     """The units of one thread while every other core runs them too: the mean over cores."""
-    every = ranks.spawn(measure.cores(), _unit_rank, precision, seconds, shrink)
+    every = ranks.spawn(processor.cores(), _unit_rank, precision, seconds, shrink)
     return {name: [fmean(values) for values in zip(*(one[name] for one in every), strict=True)] for name in every[0]}
 
 
@@ -58,8 +58,9 @@ def together(worlds: tuple[int, ...] = WORLDS, shrink: int = 1) -> tuple[list[di
 @contextmanager
 def _joined(rank: int, world: int, folder: Path) -> Iterator[None]:
     """One of the trainer's ranks: on its core, with one thread, in a group with the others."""
-    available = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {available[rank % len(available)]})
+    if hasattr(os, "sched_setaffinity"):  # macOS binds nothing
+        available = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {available[rank % len(available)]})
     torch.set_num_threads(1)
     keep_freed_memory()
     with ranks.group(rank, world, folder, "ranks", seconds=300):

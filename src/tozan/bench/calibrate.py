@@ -9,7 +9,6 @@ are the numbers that `tozan.planner.machine` asks for, no more.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from tozan.bench import between, units
-from tozan.bench.measure import cores as cores_here
+from tozan.comm import processor
 from tozan.train.machine import keep_freed_memory
 
 SHAPES = (
@@ -99,7 +98,7 @@ def measure(worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shri
     tiny = torch.ones(4)
     x = torch.randn(4096 // shrink, 3072, dtype=torch.bfloat16)
     gelu = 2 * x.numel() * x.element_size() / _time(lambda: F.gelu(x, approximate="tanh"), seconds)
-    cores = cores_here()
+    cores = processor.cores()
     torch.set_num_threads(cores)
     trainer = [{"threads": cores, "precision": best, **units.measure(best, seconds / 2, shrink)}]
     if cores > 1 and worlds:
@@ -124,7 +123,7 @@ def toml(found: Measured) -> str:
     """A machine file of one node, with the time and the software as its source."""
     numbers = ", ".join(f"{name} = {rate:.4g}" for name, rate in found.peak.items())
     source = f"measured {time.strftime('%Y-%m-%d')} by tozan bench calibrate, torch {torch.__version__}, "
-    source += f"{torch.get_num_threads()} threads on {platform.processor() or platform.machine()}"
+    source += f"{torch.get_num_threads()} threads on {processor.name(processor.cpuinfo())}"
     whole = [row["rate"] for row in found.collectives if row["operation"] == "all_reduce"]
     bus = max(whole, default=found.bandwidth)
     lines = [

@@ -18,6 +18,7 @@ from torch import Tensor
 from tozan.bench import measure
 from tozan.bench.result import Peak, Result, Row
 from tozan.bench.show import foot, head, percent, scaled, table
+from tozan.comm import processor
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape
 from tozan.models.layers import BLOCKED_FROM
@@ -71,7 +72,7 @@ def work(
 ) -> Work:
     """Fill in what was left out: about 4,096 tokens, no split (fugaku: 1 to 32), one thread and all cores."""
     fugaku = model == "fugaku"
-    everything = tuple(sorted({1, measure.cores()}))
+    everything = tuple(sorted({1, processor.cores()}))
     found = Work(
         model,
         micro_batch or 1,

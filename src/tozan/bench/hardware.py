@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tozan.comm.binding import numa_domains, parse
+from tozan.comm.processor import cores as cores_here
 from tozan.comm.processor import cpuinfo, siblings
+from tozan.comm.processor import name as processor_name
 
 UNITS = {
     "amx_bf16": "AMX bf16",
@@ -140,9 +142,9 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
     online = len(parse(_text(root / "sys/devices/system/cpu/online"))) or os.cpu_count() or 1
     swap = memory.get("SwapTotal", 0) - memory.get("SwapFree", 0)
     return Hardware(
-        processor=cpu.get("model name", cpu.get("CPU part", os.uname().machine)),
+        processor=processor_name(cpu),
         online=online,
-        affinity=len(os.sched_getaffinity(0)),
+        affinity=cores_here(),
         threads_per_core=siblings(root),
         quota=_quota(root),
         units=tuple(name for flag, name in UNITS.items() if flag in flags),

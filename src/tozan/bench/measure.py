@@ -76,19 +76,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 def made(kind: Kind, rows: list[Row], options: Mapping[str, Any], **fields: Any) -> Result:
     """A result of this machine, now; the load of the machine is among its notes if it was not idle."""
     notes = list(fields.pop("notes", []))
     unknown = {one.how for one in fields.get("peaks", {}).values() if one.nominal is None and one.how}
     notes += [f"no nominal peak: {why}" for why in sorted(unknown)]
     load = os.getloadavg()[0]
-    if load > cores() + 1:
-        notes.append(f"the machine was busy: load {load:.1f} on {cores()} cores, so times are too long")
+    if load > processor.cores() + 1:
+        notes.append(f"the machine was busy: load {load:.1f} on {processor.cores()} cores, so times are too long")
     return Result(
         kind=kind,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tozan.bench import measure
+from tozan.comm import processor
 
 PRELOADED = ["torch", "torch.distributed", "tozan.bench.collectives", "tozan.bench.backends"]
 """What every rank would otherwise import for itself."""
@@ -37,7 +37,7 @@ def spawn(ranks: int, function: Function, *arguments: Any) -> Any:
         torch.multiprocessing.ProcessRaisedException: a rank failed; the others are ended.
     """
     with tempfile.TemporaryDirectory(prefix="tozan-bench-") as folder:
-        given = (ranks, Path(folder), measure.cores(), function, arguments)
+        given = (ranks, Path(folder), processor.cores(), function, arguments)
         # A fork server imports PyTorch once for all ranks.
         multiprocessing.set_forkserver_preload(PRELOADED)
         mp.start_processes(_serve, given, ranks, start_method="forkserver")  # type: ignore[attr-defined, no-untyped-call]

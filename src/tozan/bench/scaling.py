@@ -21,6 +21,7 @@ from tozan import data
 from tozan.bench import measure
 from tozan.bench.result import Peak, Result, Row
 from tozan.bench.show import foot, head, percent, scaled, table
+from tozan.comm import processor
 from tozan.config import load
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops
@@ -202,8 +203,8 @@ def _efficiencies(rows: Sequence[Row]) -> Iterator[Row]:
 def _notes(setup: Setup) -> Iterator[str]:
     yield f"FLOP/s = {FLOPS_FORMULA}"
     yield "efficiency = tokens/s per rank over those of the smallest job; the first step does not count"
-    if max(setup.ranks) > measure.cores():
-        yield f"{max(setup.ranks)} ranks share {measure.cores()} cores here: the curve shows overheads, not scaling"
+    if max(setup.ranks) > processor.cores():
+        yield f"{max(setup.ranks)} ranks share {processor.cores()} cores here: the curve shows overheads, not scaling"
 
 
 def page(result: Result) -> list[object]:

@@ -21,6 +21,7 @@ from tozan.bench.gemm import step_products, timed
 from tozan.bench.result import Peak, Result, Row
 from tozan.bench.show import foot, head, percent, scaled, table
 from tozan.comm import Mesh
+from tozan.comm.processor import peak_memory
 from tozan.config import load, presets
 from tozan.config.schema import Config
 from tozan.data import Dataset, Manifest
@@ -242,7 +243,7 @@ def _whole(laps: Sequence[Lap], rows: Sequence[Row], work: Run, peak: Peak) -> R
         parameters=parameters(work.shape),
         minor_faults=round(median(one.minor_faults for one in laps)),
         major_faults=round(median(one.major_faults for one in laps)),
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        peak_bytes=peak_memory(),
     )
 
 

@@ -299,7 +299,7 @@ def _limit(job: Job, signal: str) -> str:
 
 
 def _again(job: Job, command: str) -> list[str]:
-    """Lines that run a command, and again after a loss; not after signals that ask it to end, or an error of its own."""
+    """Lines that run a command, and again after a loss, but not after an error of its own or a signal to end."""
     if not job.restarts:
         return [command]
     return [
@@ -322,7 +322,8 @@ def _torchrun(job: Job) -> list[str]:
         where = f"--nnodes={job.nodes} --rdzv-backend=c10d --rdzv-id={shlex.quote(job.name)}"
         where += f' --rdzv-endpoint="${{MASTER_ADDR:?name of the first node}}:{_PORT}"'
     where += f" --max-restarts={job.restarts}"
-    return [*lines, f"exec {_limit(job, 'TERM')}torchrun {where} --nproc-per-node={job.per_node} --no-python {shlex.join(job.command)}"]
+    where += f" --nproc-per-node={job.per_node} --no-python"
+    return [*lines, f"exec {_limit(job, 'TERM')}torchrun {where} {shlex.join(job.command)}"]
 
 
 def _mpirun(job: Job) -> list[str]:

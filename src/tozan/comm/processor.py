@@ -10,6 +10,8 @@ import ctypes
 import mmap
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,6 +139,24 @@ def _intel(family: int, model: int, flags: set[str], name: str) -> Core | None:
     return Core(XEON[model], {"fp64": 32, "fp32": 64, "fp16": fp16, "bf16": bf16})
 
 
+def name(cpu: Mapping[str, str]) -> str:
+    """What the processor that /proc/cpuinfo describes is called; Arm's kernels give numbers in place of a name."""
+    arm = ARM.get((cpu.get("CPU implementer", ""), cpu.get("CPU part", "")))
+    part = f"{platform.machine()}, part {cpu['CPU part']}" if "CPU part" in cpu else ""
+    return (arm[0] if arm else cpu.get("model name")) or part or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may use; all of the machine's where the system cannot say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most; macOS counts in bytes, others in KiB."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most << 10
+
+
 def nominal(precision: str, threads: int, root: Path = Path("/")) -> Nominal:
     """The peak of matrix products: physical cores in use × FLOPs per cycle × clock.
 
@@ -148,17 +168,16 @@ def nominal(precision: str, threads: int, root: Path = Path("/")) -> Nominal:
     cpu = cpuinfo(root)
     found = core(cpu)
     if found is None:
-        make = cpu.get("model name") or cpu.get("CPU part") or platform.machine()
-        return Nominal(None, f"not known how many FLOPs a core of this make ({make}) does in a cycle")
+        return Nominal(None, f"not known how many FLOPs a core of this make ({name(cpu)}) does in a cycle")
     each = found.flops.get(precision)
     if each is None:
         return Nominal(None, f"not known how many {precision} FLOPs a {found.name} core does in a cycle")
     hertz, how = clock(root)
     if hertz is None:
         return Nominal(None, f"the clock is not known: {how}")
-    cores = min(threads, max(1, len(os.sched_getaffinity(0)) // siblings(root)))
-    many = f"{cores} core{'s' if cores > 1 else ''}"
-    return Nominal(cores * each * hertz, f"{many} × {each} FLOP a cycle ({found.name}) × {hertz / 1e9:.2f} GHz ({how})")
+    count = min(threads, max(1, cores() // siblings(root)))
+    many = f"{count} core{'s' if count > 1 else ''}"
+    return Nominal(count * each * hertz, f"{many} × {each} FLOP a cycle ({found.name}) × {hertz / 1e9:.2f} GHz ({how})")
 
 
 def siblings(root: Path = Path("/")) -> int:

@@ -6,12 +6,12 @@ Always on: `benchmarks/breakdown.py` measures what it costs.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 from tozan.comm.ledger import Ledger
+from tozan.comm.processor import peak_memory
 from tozan.parallel.pipeline import Pipeline
 from tozan.train.metrics import Clock, Jsonl
 
@@ -62,7 +62,7 @@ class Breakdown:
             "rank": self._rank,
             "stage": self._stage.stage if self._stage else 0,
             "at": at,
-            "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "memory": peak_memory(),
             "phases": [(name, start - origin, end - origin) for name, start, end in marks],
             "collectives": [
                 (e.operation, e.axis, e.name, e.bytes, e.start - origin, e.transfer, e.wait) for e in entries

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
-import platform
+import socket
 import time
+from collections.abc import Sequence
 
 import psutil
 import torch
 
-from tozan.comm.processor import cpuinfo
+from tozan.comm import Mesh
+from tozan.comm.processor import cores, cpuinfo
+from tozan.comm.processor import name as processor_name
+from tozan.comm.texts import all_gather_texts
+from tozan.errors import Problem, UserError
 from tozan.ops import native
 
 MALLOPT = {"M_MMAP_THRESHOLD": 1 << 30, "M_TRIM_THRESHOLD": (1 << 31) - 1, "M_TOP_PAD": 64 << 20}
@@ -43,7 +49,7 @@ def prepare(threads: int | None, deterministic: bool, kernels: native.Choice = "
     native.choose(kernels)
     keep_freed_memory()
     if threads is not None:
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads or cores())
     torch.use_deterministic_algorithms(deterministic)
     # Filling fresh memory with NaN is a debugging aid of that mode; it would double the memory traffic.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -51,11 +57,65 @@ def prepare(threads: int | None, deterministic: bool, kernels: native.Choice = "
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `cpu`, `cuda` or `auto` (a GPU where there is one)."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def choose_device(name: str, mesh: Mesh | None = None) -> torch.device:
+    """The device called `cpu`, `cuda` or `auto` (a GPU where there is one); of several ranks each has a GPU of its own.
+
+    Args:
+        name: what the config says.
+        mesh: the ranks, all of which call this alike; None for a process that is alone.
+
+    Raises:
+        UserError: more ranks on a machine than GPUs, or GPUs on some machines only.
+    """
+    gpus = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if mesh is None or mesh.world_size == 1 or name == "cpu":
+        return torch.device("cuda" if gpus or name == "cuda" else "cpu")
+    seen = [str(torch.cuda.get_device_properties(number).uuid) for number in range(gpus)]
+    said = all_gather_texts(json.dumps([socket.gethostname(), seen]), mesh.everyone, name="GPUs")
+    number = own_gpu(mesh.rank, [json.loads(text) for text in said])
+    if number is None:
+        return torch.device("cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def own_gpu(rank: int, seen: Sequence[tuple[str, list[str]]]) -> int | None:
+    """Which of the GPUs that it sees a rank takes.
+
+    Ranks of a machine that see the same ones share them out in order; where the launcher gave each its own, as Slurm's
+    `--gpus-per-task` does, that is kept.
+
+    Args:
+        rank: this one.
+        seen: by rank, its machine's name and the GPUs that it sees.
+
+    Returns:
+        The GPU's number on this rank; None if no rank sees any.
+
+    Raises:
+        UserError: more ranks than GPUs, or some ranks see none.
+    """
+    sharing: dict[tuple[str, ...], list[int]] = {}
+    for other, (host, gpus) in enumerate(seen):
+        sharing.setdefault((host, *gpus), []).append(other)
+    if all(not gpus for _, gpus in seen):
+        return None
+    ranks, fix = len(seen), 'or set train.device = "cpu"'
+    problems = []
+    for (host, *gpus), mates in sharing.items():
+        if len(mates) > len(gpus):
+            nodes = next((n for n in range(1, ranks + 1) if ranks % n == 0 and ranks // n <= len(gpus)), None)
+            what = f"{_count(len(mates), 'rank')} on {host}, which has {_count(len(gpus), 'GPU')}"
+            more = f"use {nodes} nodes for {ranks} ranks" if nodes else "use nodes that all have GPUs"
+            problems.append(Problem("train.device", f"{what}: each needs one", f"{more}, {fix}"))
+    if problems:
+        raise UserError(*problems)
+    host, gpus = seen[rank]
+    return sharing[host, *gpus].index(rank)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def measure_gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
@@ -84,11 +144,7 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float =
 def describe() -> dict[str, str | int]:
     """Processor, cores this process may use, and memory in bytes."""
     return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor_name(cpuinfo()),
+        "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-
-
-def _processor() -> str:
-    return cpuinfo().get("model name") or platform.processor() or platform.machine()

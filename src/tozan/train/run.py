@@ -214,7 +214,7 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     machine.prepare(
         config.train.threads if mesh.world_size == 1 else None, config.train.deterministic, config.train.kernels
     )
-    device = machine.choose_device(config.train.device)
+    device = machine.choose_device(config.train.device, mesh)
     data, validation = open_data(config)
     shape = shape_of(loaded)
     precision = Precision(config.train.precision, device)

@@ -1,0 +1,59 @@
+"""GPUs among the ranks of a machine; this one needs none."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from ranks import spawn
+
+from tozan.comm import Mesh
+from tozan.errors import UserError
+from tozan.layout import Layout
+from tozan.train.machine import choose_device, own_gpu
+
+
+def test_ranks_of_a_machine_share_out_the_gpus_that_they_all_see():
+    seen = [("a", ["x", "y"])] * 2 + [("b", ["u", "v"])] * 2
+    assert [own_gpu(rank, seen) for rank in range(4)] == [0, 1, 0, 1]
+    interleaved = [("a", ["x", "y"]), ("b", ["u", "v"])] * 2
+    assert [own_gpu(rank, interleaved) for rank in range(4)] == [0, 0, 1, 1]
+    given = [("a", ["x"]), ("a", ["y"])]  # by the launcher, to each its own
+    assert [own_gpu(rank, given) for rank in range(2)] == [0, 0]
+    assert own_gpu(1, [("a", []), ("b", [])]) is None
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_arithmetic_of_every_machine():
+    seen = [("a", ["x", "y"])] * 3 + [("b", ["u", "v", "w"])] * 3
+    with pytest.raises(UserError) as refused:
+        own_gpu(0, seen)
+    [problem] = refused.value.problems
+    assert problem.what == "3 ranks on a, which has 2 GPUs: each needs one"
+    assert problem.fix == 'use 3 nodes for 6 ranks, or set train.device = "cpu"'
+    with pytest.raises(UserError, match="1 rank on b, which has 0 GPUs"):
+        own_gpu(0, [("a", ["x"]), ("b", [])])
+
+
+def _device(gpus):
+    """What a rank of two chooses where there are so many GPUs."""
+    chosen = []
+    fakes = {
+        "is_available": lambda: gpus > 0,
+        "device_count": lambda: gpus,
+        "get_device_properties": lambda number: SimpleNamespace(uuid=f"GPU-{number}"),
+        "set_device": chosen.append,
+    }
+    with mock.patch.multiple(torch.cuda, **fakes):
+        try:
+            device = choose_device("auto", Mesh.create(Layout(dp=2)))
+        except UserError as error:
+            return str(error)
+        return str(device), chosen, str(choose_device("auto"))
+
+
+def test_each_rank_computes_on_a_gpu_of_its_own():
+    assert spawn(2, _device, 2) == [("cuda:0", [0], "cuda"), ("cuda:1", [1], "cuda")]
+    assert spawn(2, _device, 0) == [("cpu", [], "cpu")] * 2
+    assert all("2 ranks on" in said and "has 1 GPU:" in said for said in spawn(2, _device, 1))
