@@ -1,6 +1,11 @@
 """Copies on the neighbour: what lies in the outboxes here is carried to the next node, beside the training.
 
-One connection per pair of nodes, frames of a JSON line and raw bytes. A frame cut short leaves the copy before it.
+One connection per pair of nodes. A JSON line announces a copy; the other side asks for its bytes unless it has them,
+and says when they have come whole. A copy cut short leaves the one before it.
+
+Ranks fill their outboxes again only when all copies of the last time have arrived (`train.copies`), so there is always
+a step that is whole wherever it is looked for. Slots hold two steps: a copy that takes longer to send than the steps
+between two would otherwise be overwritten on its way, or be another step than the other ranks'.
 """
 
 from __future__ import annotations
@@ -10,13 +15,21 @@ import hmac
 import json
 import os
 import socket
+import sys
 import threading
 from typing import Any
 
 from tozan.recovery.node import Node
-from tozan.recovery.slots import Slots
+from tozan.recovery.slots import Slots, checksum, note_arrival
 
-_PAUSE = 0.05
+_PAUSE = 0.02
+_PATIENCE = 5.0
+"""Seconds for which the neighbour may take in nothing."""
+_CHUNK = 1 << 20
+_READ = 1e9
+"""Bytes that the neighbour reads through in a second, at least, before it answers."""
+_SEND, _WHOLE = b"?", b"+"
+"""Answers: the bytes of a copy are wanted; they are here."""
 
 
 def token() -> str:
@@ -33,14 +46,17 @@ class Courier(threading.Thread):
 
     def __init__(self, node: Node) -> None:
         super().__init__(name="courier", daemon=True)
-        self._node, self._over = node, threading.Event()
+        self._node, self._over, self._turn = node, threading.Event(), threading.Lock()
         self._to: tuple[str, int] | None = None
-        self._sent: dict[int, int] = {}
 
     def neighbour(self, address: tuple[str, int] | None) -> None:
         """From now on carry to `address`; None: to nobody."""
-        if address != self._to:
-            self._to, self._sent = address, {}
+        with self._turn:
+            if address == self._to:
+                return
+            self._to = address
+            for memory in self._node.memories.values():
+                note_arrival(memory.outbox, None)
 
     def stop(self) -> None:
         """Come to an end."""
@@ -52,24 +68,35 @@ class Courier(threading.Thread):
             to = self._to
             if to is None:
                 continue
-            with contextlib.suppress(OSError), socket.create_connection(to, timeout=5) as wire:
+            with contextlib.suppress(OSError), socket.create_connection(to, timeout=_PATIENCE) as wire:
                 wire.sendall(token().encode() + b"\n")
                 while to == self._to and not self._over.wait(_PAUSE):
                     for rank, memory in list(self._node.memories.items()):
-                        self._carry(wire, rank, memory.outbox)
+                        self._carry(wire, to, rank, memory.outbox)
 
-    def _carry(self, wire: socket.socket, rank: int, descriptor: int) -> None:
-        held = Slots(descriptor)
-        step = held.newest()
-        if step is not None and step != self._sent.get(rank):
+    def _carry(self, wire: socket.socket, to: tuple[str, int], rank: int, descriptor: int) -> None:
+        with Slots(descriptor) as held:
+            step = held.newest()
+            if step is None or step == held.arrived():
+                return
             found = held.read(step)
-            if found is not None:
-                head, body = found
-                frame = {"rank": rank, "step": step, "head": head, "length": len(body), "check": held.check(step)}
-                wire.sendall(json.dumps(frame).encode() + b"\n")
-                wire.sendall(body)
-                self._sent[rank] = step
-        held.close()
+            if found is None:  # damaged: all ranks go back to the one before
+                held.forget(after=step - 1)
+                return
+            head, body = found
+            frame = {"rank": rank, "step": step, "head": head, "length": len(body), "check": held.check(step)}
+            wire.settimeout(_PATIENCE + len(body) / _READ)
+            wire.sendall(json.dumps(frame).encode() + b"\n")
+            answer = wire.recv(1)
+            if answer == _SEND:
+                for at in range(0, len(body), _CHUNK):  # a socket's patience is for a whole call
+                    wire.sendall(body[at : at + _CHUNK])
+                answer = wire.recv(1)
+            if answer != _WHOLE:
+                raise ConnectionError("the neighbour is gone")
+            with self._turn:
+                if to == self._to and step == held.newest():  # and not dropped meanwhile
+                    note_arrival(descriptor, step)
 
 
 class Guests(threading.Thread):
@@ -108,15 +135,31 @@ class Guests(threading.Thread):
             if not hmac.compare_digest(stream.readline(128), token().encode() + b"\n"):
                 return
             while line := stream.readline(1 << 20):
-                self._take(stream, json.loads(line))
+                if not self._take(wire, stream, json.loads(line)):
+                    return
+                wire.sendall(_WHOLE)
 
-    def _take(self, stream: Any, frame: dict[str, Any]) -> None:
-        held = Slots(self._node.memory(frame["rank"]).guest)
-        body, at = held.body(frame["length"]), 0
-        while at < len(body):
-            count = stream.readinto(body[at:])
-            if not count:
-                return
-            at += count
-        held.commit(frame["step"], frame["head"], frame["length"], frame["check"])
-        held.close()
+    def _take(self, wire: socket.socket, stream: Any, frame: dict[str, Any]) -> bool:
+        """Have one copy, and none of a later step; whether it is whole."""
+        step = frame["step"]
+        with Slots(self._node.memory(frame["rank"]).guest) as held:
+            held.forget(after=step)
+            if step in held.steps() and held.check(step) == frame["check"]:
+                return True
+            held.forget(after=step - 1)  # a damaged one's slot is used before that of the copy before
+            wire.sendall(_SEND)
+            try:
+                body, at = held.body(frame["length"]), 0
+            except OSError as error:
+                what = f"no memory for the copy of rank {frame['rank']} from another node: {error.strerror}"
+                print(f"tozan: {what}", file=sys.stderr, flush=True)
+                raise
+            while at < len(body):
+                count = stream.readinto(body[at:])
+                if not count:
+                    return False
+                at += count
+            if checksum(body) != frame["check"]:
+                return False
+            held.commit(step, frame["head"], frame["length"], frame["check"])
+        return True

@@ -56,7 +56,7 @@ class Memory:
 
     Attributes:
         own: the copies of its last two steps.
-        outbox: every so many steps, a copy that stays in place until it has been sent to the neighbour.
+        outbox: every so many steps, a copy that stays in place until it has arrived at the neighbour.
         guest: the neighbour's copies of this rank, if this node is the neighbour.
     """
 
@@ -146,9 +146,10 @@ class Node:
         """Drop the copies of steps beyond `newest` (None: all)."""
         for memory in self.memories.values():
             for descriptor in (memory.own, memory.outbox, memory.guest):
-                held = Slots(descriptor)
-                held.forget(after=-1 if newest is None else newest)
-                held.close()
+                with Slots(descriptor) as held:
+                    held.forget(after=-1 if newest is None else newest)
+                    if held.arrived() != held.newest():  # the neighbour drops it, too
+                        slots.note_arrival(descriptor, None)
 
     def fileno(self) -> int:
         """What becomes readable when something has happened."""

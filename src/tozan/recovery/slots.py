@@ -6,6 +6,7 @@ and it is gone with the agent. A rank that dies while it writes one slot leaves 
 | bytes | what |
 |---|---|
 | 0–15 | the step that the rank has begun last, and the first it has begun in this process (two little-endian u64) |
+| 16–23 | of an outbox: one more than the step of the copy that has arrived at the neighbour; 0: none (u64) |
 | 64, 128 | a record per slot: magic, step, bytes of head and body, checksum of the body, CRC-32 of head and record |
 | 4096… | slot 0, then slot 1: head (JSON) up to `HEAD` bytes, then the body (raw bytes) |
 
@@ -21,7 +22,7 @@ import mmap
 import os
 import struct
 import zlib
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -30,6 +31,7 @@ HEAD = 1 << 16
 """Bytes set aside for a slot's head."""
 _RECORD = struct.Struct("<8sQQQQI")
 _RECORDS_AT = (64, 128)
+_ARRIVED_AT = 16
 _MAGIC = b"tozan c1"
 
 
@@ -57,12 +59,15 @@ def clear_begun(descriptor: int) -> None:
     os.pwrite(descriptor, bytes(16), 0)
 
 
+def note_arrival(descriptor: int, step: int | None) -> None:
+    """Note in an outbox that the copy of a step has arrived at the neighbour; None: nothing of it is there."""
+    os.pwrite(descriptor, struct.pack("<Q", 0 if step is None else step + 1), _ARRIVED_AT)
+
+
 def steps_of(descriptor: int) -> list[int]:
     """Steps of complete and undamaged copies in a file, ascending."""
-    held = Slots(descriptor)
-    found = held.steps()
-    held.close()
-    return found
+    with Slots(descriptor) as held:
+        return held.steps()
 
 
 class Slots:
@@ -88,6 +93,11 @@ class Slots:
     def newest(self) -> int | None:
         """The newest step with a whole record, whose body is not looked at."""
         return max((record[1] for slot in (0, 1) if (record := self._record(slot))), default=None)
+
+    def arrived(self) -> int | None:
+        """The step of the copy that has arrived at the neighbour (see `note_arrival`)."""
+        after: int = struct.unpack_from("<Q", self._map, _ARRIVED_AT)[0]
+        return after - 1 if after else None
 
     def check(self, step: int) -> int:
         """The checksum that the record of a step states."""
@@ -141,6 +151,12 @@ class Slots:
         """Unmap; views that are still about keep the memory."""
         with contextlib.suppress(BufferError):
             self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _oldest(self) -> int:
         """The slot to write: an empty one, else that of the lower step."""

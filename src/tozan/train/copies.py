@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tozan.comm import Axis, collectives
 from tozan.recovery.slots import Slots
 
 if TYPE_CHECKING:
@@ -69,8 +70,21 @@ class Copies:
         run.checks.confirm(run.step)
         self._write(run, self._slots)
         self._kept = run.step
-        if self._outbox and run.step % self._neighbour == 0:
+        if self._outbox and run.step % self._neighbour == 0 and self._may_send(self._outbox, run.split.mesh.everyone):
             self._write(run, self._outbox)
+
+    def _may_send(self, outbox: Slots, axis: Axis) -> bool:
+        """Whether every rank's last copy has arrived at its neighbour; a collective.
+
+        Until the next ones have arrived, that step is then whole in the outboxes as well as with the neighbours. A loss
+        may have come between some ranks' copies and others': who is ahead then goes back to the step that all have.
+        """
+        mine = torch.tensor([[-1 if step is None else step for step in (outbox.newest(), outbox.arrived())]])
+        everyone = collectives.all_gather(mine, axis, name="copies sent").tolist()
+        there = {(newest, arrived) for newest, arrived in everyone if newest >= 0}
+        common = min((newest for newest, _ in there), default=-1)
+        outbox.forget(after=common)
+        return all(pair == (common, common) for pair in there)
 
     def _write(self, run: Run, slots: Slots) -> None:
         bodies = [body for _, body in self._tensors(run)]
