@@ -7,10 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from tozan.comm.ledger import Ledger
 from tozan.errors import EXIT_LOST
+from tozan.train import train
 from tozan.train.deadline import FACTOR, Deadline
 from tozan.train.metrics import Clock
 
@@ -22,6 +27,8 @@ class Watch:
 
     def __init__(self, seconds: float | None, least: float = 100.0) -> None:
         self.ledger, self.clock, self.ended, self.step = Ledger(), Clock(), False, 0
+        self._looking = ThreadPoolExecutor(1)  # what it reads itself is no sign of progress
+        self._looking.submit(int).result()
         self.deadline = Deadline(0, self.ledger, None, seconds, least, end=lambda: None)
         self.deadline._thread.start = lambda: None
         self.deadline.__enter__()
@@ -29,7 +36,8 @@ class Watch:
 
     def pass_by(self, seconds: int) -> int:
         """How many of these seconds go by before the process would end."""
-        return next((second for second in range(seconds) if self.deadline._look()), seconds)
+        look = self.deadline._look
+        return self._looking.submit(lambda: next((second for second in range(seconds) if look()), seconds)).result()
 
     def begin(self) -> None:
         self.step += 1
@@ -62,11 +70,10 @@ def test_phases_that_are_long_by_right_do_not_end_a_run():
     for _ in range(2):
         watch.take_step()
     watch.begin()
-    for kind in ("evaluation", "checkpoint"):
-        with watch.deadline.during(kind):
-            assert watch.pass_by(5_000) == 5_000  # nobody knows yet how long it takes
-        with watch.deadline.during(kind):
-            assert watch.pass_by(49) == 49
+    with watch.deadline.during("evaluation"):
+        assert watch.pass_by(5_000) == 5_000  # nobody knows yet how long it takes
+    with watch.deadline.during("evaluation"):
+        assert watch.pass_by(49) == 49
     assert watch.pass_by(100) in (6, 7)  # and the step goes on as before
     entry = watch.ledger.begin("all_reduce", "gradients", "dp", (0, 1), 8, 0.0)
     assert watch.pass_by(1_000) == 1_000  # who waits for others is the heartbeat's business
@@ -87,6 +94,48 @@ def test_says_step_and_phase_as_the_step_before_had_them():
     assert said == [f"step 2, {phase}" for phase in PHASES]
     with watch.deadline.during("checkpoint"):
         assert watch.deadline.whereabouts().startswith("checkpoint after step 2, at train/deadline.py:")
+
+
+def test_a_start_or_a_save_shows_progress_by_the_bytes_that_it_moves():
+    watch = Watch(5.0, least=7.0)
+    assert watch.deadline.whereabouts().startswith("start, at ")
+    assert watch.pass_by(1_000) in (71, 72)  # ten times the timeout, which is more than the deadline
+    for kind in ("checkpoint", "going back"):
+        with watch.deadline.during(kind):
+            assert watch.pass_by(1_000) in (71, 72)
+    for _ in range(10):  # as a file is read that takes long
+        assert watch.pass_by(50) == 50
+        Path(__file__).read_bytes()
+    with watch.deadline.ends():
+        watch.take_step()
+    assert watch.deadline.whereabouts().startswith("last checkpoint after step 1, at ")
+    assert watch.pass_by(1_000) in (71, 72)
+    watch.ledger.listening = True  # for the other ranks' parts
+    assert watch.pass_by(100) == 100
+
+
+@pytest.mark.parametrize("where", ["start", "last checkpoint"])
+def test_a_run_that_hangs_in_its_start_or_its_last_checkpoint_ends(configure, monkeypatch, capfd, where):
+    """The end of the process is played by an exception in the thread that stands still."""
+    over = threading.Event()
+
+    def stuck(*_arguments, **_options):
+        assert over.wait(30)
+        raise TimeoutError("ended")
+
+    monkeypatch.setitem(Deadline.__init__.__kwdefaults__, "end", over.set)
+    monkeypatch.setattr("tozan.train.deadline.FACTOR", 0.2)
+    if where == "start":
+        monkeypatch.setattr("tozan.train.run.open_data", stuck)
+    else:
+        monkeypatch.setattr("tozan.checkpoint.saver.write", stuck)
+    few = ("--eval.every=0", "--train.steps=3", "--train.kernels=plain")
+    with pytest.raises(TimeoutError, match="ended"):
+        train(configure("--layout.timeout=5", "--recovery.deadline=5", *few))
+    said = capfd.readouterr().err
+    place = ", at train/run.py:" if where == "start" else " after step 3, at checkpoint/saver.py:"
+    assert f"tozan: rank 0 stands still: {where}{place}" in said, said
+    assert re.search(r", for [12] s \(since ", said)
 
 
 HANGS = """

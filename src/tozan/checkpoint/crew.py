@@ -44,6 +44,13 @@ class Crew(Protocol):
             Broken: the crew broke up while this waited.
         """
 
+    def part(self, key: str) -> None:
+        """Wait until rank 0 has come here, which has then heard all; from any thread, once per key.
+
+        Raises:
+            Broken: as in `hear`.
+        """
+
     def breaks(self, error: BaseException) -> bool:
         """Told that this rank leaves with an error: does that mean that others are gone? `hear` then gives up."""
 
@@ -64,6 +71,9 @@ class Alone:
 
     def hear(self, key: str) -> list[str]:  # noqa: D102
         return [self._told.pop(key)]
+
+    def part(self, key: str) -> None:  # noqa: D102
+        pass
 
     def breaks(self, error: BaseException) -> bool:  # noqa: ARG002, D102
         return False

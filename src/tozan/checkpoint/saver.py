@@ -14,10 +14,13 @@ from torch import Tensor
 
 from tozan import files
 from tozan.checkpoint import folders
-from tozan.checkpoint.crew import Alone, Crew, settle
+from tozan.checkpoint.crew import Alone, Broken, Crew, settle
 from tozan.checkpoint.state import Box, Pieces, State, check
 from tozan.checkpoint.writer import MAX_FILE_BYTES, write
 from tozan.errors import UserError
+
+WRITER = "checkpoint"
+"""Name of the thread that writes."""
 
 
 class Saver:
@@ -97,7 +100,7 @@ class Saver:
             self.wait()
             return
         copy = State(state.step, {}, files=dict(state.files), pieces=self._snapshot(state.held()))
-        self._thread = threading.Thread(target=self._work, args=(staged, descriptor, copy, trainer), name="checkpoint")
+        self._thread = threading.Thread(target=self._work, args=(staged, descriptor, copy, trainer), name=WRITER)
         self._thread.start()
 
     def wait(self) -> None:
@@ -188,3 +191,7 @@ class Saver:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+        try:  # all writers end together: whoever waits for one in a collective waits for none that still writes
+            self._crew.part(staged.name)
+        except Broken as error:
+            self._error = self._error or error

@@ -77,12 +77,14 @@ class Ledger:
         entries: the newest finished operations, oldest first.
         totals: sums by (axis, operation, name).
         by_axis: sums by axis, never cleared, so that a clock may ask before and after.
+        listening: whether this rank waits for others through the job's store, for as long as they need.
     """
 
     def __init__(self, keep: int = 10_000) -> None:
         self.entries: deque[Entry] = deque(maxlen=keep)
         self.totals: dict[tuple[str, str, str], Total] = {}
         self.by_axis: dict[str, Total] = {}
+        self.listening = False
         self._sequences: dict[str, int] = {}
         self._ranks: dict[str, tuple[int, ...]] = {}
         self._open: dict[int, Entry] = {}

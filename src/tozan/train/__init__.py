@@ -5,6 +5,7 @@ from __future__ import annotations
 from tozan.comm.launch import join
 from tozan.config import Loaded
 from tozan.train.checks import EXIT_SILENT, SilentError
+from tozan.train.deadline import Deadline
 from tozan.train.evaluate import evaluate, held_out, open_model
 from tozan.train.faults import Interrupted
 from tozan.train.loop import Result, fit
@@ -45,5 +46,8 @@ def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
     require_fit(loaded.config, shape_of(loaded), loaded.origin.get("layout.data", "layout"))
     table = loaded.config.layout
     threads = loaded.config.train.threads
-    with join(mesh_layout(loaded.config), timeout_s=table.timeout, threads=threads, debug=table.debug) as mesh:
-        return fit(assemble(loaded, mesh), on_record)
+    with (
+        join(mesh_layout(loaded.config), timeout_s=table.timeout, threads=threads, debug=table.debug) as mesh,
+        Deadline.of(loaded.config, mesh) as deadline,
+    ):
+        return fit(assemble(loaded, mesh), on_record, deadline)

@@ -47,8 +47,13 @@ class Result:
     held_out: dict[str, float | int] | None
 
 
-def fit(run: Run, on_record: Listener | None = None) -> Result:
+def fit(run: Run, on_record: Listener | None = None, deadline: Deadline | None = None) -> Result:
     """Train from `run.step` to the last step.
+
+    Args:
+        run: what is trained.
+        on_record: called with each metrics record.
+        deadline: watches over this thread, or nobody does.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the state of the last whole step is saved.
@@ -59,18 +64,20 @@ def fit(run: Run, on_record: Listener | None = None) -> Result:
     synchronize = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     metrics = Metrics.open(run.folder, config, on_record) if run.writes else Metrics([])
     breakdown = Breakdown(run.folder, run.split.mesh.rank, run.split.mesh.ledger, run.split.stage)
+    deadline = deadline or Deadline.of(config, run.split.mesh)
     result, score = None, None
     try:
         with (
             open_saver(run) as saver,
             StopSignal(run.split.mesh, run.config.recovery.warning) as stop,
             open_profiler(run) as profiler,
-            open_deadline(run) as deadline,
+            deadline.ends(),
         ):
             for event, text in run.notes:
                 metrics.write("event", run.step, event=event, text=text)
             if run.step == 0 and config.eval.every:
-                score = evaluate(run, metrics)
+                with deadline.during("evaluation"):
+                    score = evaluate(run, metrics)
             run.copies.keep(run)
             if run.copies.leave:
                 stop.received = signal.SIGTERM
@@ -180,12 +187,6 @@ def open_saver(run: Run) -> Saver:
 def open_profiler(run: Run) -> Profiler:
     """Rank 0's tracer, if a trace is asked for."""
     return Profiler(run.config.metrics.profile if run.writes else (), run.folder / "trace.json")
-
-
-def open_deadline(run: Run) -> Deadline:
-    """What ends this process if it stands still."""
-    mesh, table = run.split.mesh, run.config
-    return Deadline(mesh.rank, mesh.ledger, mesh.monitor, table.recovery.deadline, table.layout.timeout)
 
 
 def save(run: Run, saver: Saver, metrics: Metrics) -> None:
