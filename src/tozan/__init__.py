@@ -15,6 +15,7 @@ packages, so the functions have names of their own.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from tozan.errors import Problem, UserError
 
 __version__ = "0.1.0"
+
+# A lost peer is one line of ours; torch's C++ side, which reads this when it is loaded, adds a stack for every call.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __all__ = [
     "Problem",

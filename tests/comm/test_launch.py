@@ -46,6 +46,26 @@ def end(processes, within):
 
 
 @pytest.mark.parametrize("victim", [0, 2])
+def test_of_ranks_that_are_started_again_one_says_whose_process_ended_and_all_leave_at_once(victim):
+    processes = start(3, "loop", TORCHELASTIC_RUN_ID="x", TORCHELASTIC_MAX_RESTARTS="3")
+    for process in processes:
+        assert process.stdout.readline().startswith("rank")
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    outputs = end(processes, within=30)
+    assert time.monotonic() - killed < 10  # and not for the heartbeat's verdict
+    survivors = [rank for rank in range(3) if rank != victim]
+    assert [processes[rank].returncode for rank in survivors] == [EXIT_LOST] * 2
+    text = "".join(outputs[rank][1] for rank in survivors)
+    messages = [line for line in text.splitlines() if "lost" in line or "failed" in line]
+    assert len(messages) == 1, text
+    assert f"rank {victim} (process {processes[victim].pid}) is lost" in messages[0]
+    assert "all_reduce 'loop'" in messages[0]
+    assert "Traceback" not in text
+    assert "frame #" not in text  # nor the stacks of torch's C++ side
+
+
+@pytest.mark.parametrize("victim", [0, 2])
 def test_after_sigkill_of_a_rank_the_others_end_with_one_message_and_no_traceback(victim):
     processes = start(3, "loop")
     for process in processes:
@@ -62,6 +82,7 @@ def test_after_sigkill_of_a_rank_the_others_end_with_one_message_and_no_tracebac
     assert f"rank {victim} is lost" in messages[0]
     assert "all_reduce 'loop'" in messages[0]
     assert "Traceback" not in text
+    assert "frame #" not in text  # nor the stacks of torch's C++ side
 
 
 def test_a_hang_names_the_rank_that_did_not_come_and_the_operation():

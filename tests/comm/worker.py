@@ -4,6 +4,7 @@ import os
 import sys
 import time
 
+import tozan  # noqa: F401 - before torch, as in `tozan train`  # isort: skip
 import torch
 
 from tozan.comm import collectives as c

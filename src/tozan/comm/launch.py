@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from tozan.comm.ledger import Ledger
 from tozan.comm.mesh import Mesh
 from tozan.comm.monitor import Monitor
 from tozan.comm.place import Place, address_towards, check, find, interface_to, is_loopback, outward
+from tozan.comm.witness import Witness, space
 from tozan.errors import EXIT_LOST
 from tozan.layout import Layout
 
@@ -75,14 +77,16 @@ def join(
     patience = timedelta(seconds=timeout_s + lost_after_s + 10)
     group = _part(raw, f"group {place.generation}")  # held until the end
     dist.init_process_group("gloo", store=group, rank=place.rank, world_size=place.world_size, timeout=patience)
-    bound = _bind(place, store, threads)
+    everyone = _introduce(place, store)
+    bound = _bind(place, everyone, threads)
     if place.local_rank == 0 or place.local_size <= 8:
         print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
-    monitor = _monitor(place, timeout_s, lost_after_s).start()
+    monitor, witness = _monitor(place, timeout_s, lost_after_s).start(), _witness(place, store, everyone)
     try:
         yield Mesh.create(layout, timeout_s=patience.total_seconds(), debug=debug, monitor=monitor)
     except CommunicationError as error:
-        print(f"tozan: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        monitor.fall_silent()
+        witness.tell(error)
         os._exit(EXIT_LOST)
     except BaseException as error:
         monitor.stop(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -102,7 +106,7 @@ def _monitor(place: Place, timeout_s: float, lost_after_s: float) -> Monitor:
         interval=lost_after_s / 6,
         lost_after=lost_after_s,
         hang_after=timeout_s,
-        speaks=place.rank == 1 or place.local_rank == 0,
+        speaks=_speaks(place),
         explain=not place.restarts,  # an agent knows who was lost, and everyone is to leave at once
     )
 
@@ -147,14 +151,41 @@ def _interface(place: Place, store: Store) -> str | None:
     return interface_to(towards)
 
 
-def _bind(place: Place, store: Store, threads: int) -> str:
+class _Rank(NamedTuple):
+    """What a rank says of itself: its machine, and where process ids mean the same."""
+
+    host: str
+    space: str
+    process: int
+    local_rank: int
+    cores: list[int]
+
+
+def _introduce(place: Place, store: Store) -> list[_Rank]:
+    """Every rank, in order."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    mine = _Rank(socket.gethostname(), space(), os.getpid(), place.local_rank, cores)
+    store.set(f"rank/{place.rank}", json.dumps(mine))
+    return [_Rank(*json.loads(store.get(f"rank/{rank}"))) for rank in range(place.world_size)]
+
+
+def _speaks(place: Place) -> bool:
+    """Whether this rank is one of those that say what the store cannot tell any more."""
+    return place.rank == 1 or place.local_rank == 0
+
+
+def _witness(place: Place, store: Store, everyone: list[_Rank]) -> Witness:
+    mine = everyone[place.rank]
+    seen = {rank: it.process for rank, it in enumerate(everyone) if (it.host, it.space) == (mine.host, mine.space)}
+    # A store may have known other ranks before these: the first one's process tells them apart.
+    return Witness(place.rank, store, f"spoken/{everyone[0].process}", seen, _speaks(place))
+
+
+def _bind(place: Place, everyone: list[_Rank], threads: int) -> str:
     """Bind this rank; returns what was done, in words."""
-    if not hasattr(os, "sched_getaffinity"):
+    if not everyone[place.rank].cores:
         return "not bound (this system cannot)"
-    host = socket.gethostname()
-    store.set(f"cores/{place.rank}", json.dumps([host, place.local_rank, sorted(os.sched_getaffinity(0))]))
-    everyone = [json.loads(store.get(f"cores/{rank}")) for rank in range(place.world_size)]
-    neighbours = sorted((local, cores) for name, local, cores in everyone if name == host)
+    neighbours = sorted((it.local_rank, it.cores) for it in everyone if it.host == everyone[place.rank].host)
     chosen = binding.decide(
         [local for local, _ in neighbours].index(place.local_rank),
         [cores for _, cores in neighbours],

@@ -113,6 +113,10 @@ class Monitor:
             except RuntimeError:  # rank 0 and its store have left before us, which is no one's concern any more
                 return
 
+    def fall_silent(self) -> None:
+        """Another part of this process says what has happened."""
+        self._speaks = False
+
     def failed(self, operation: str) -> None:
         """An operation of this rank failed: wait for the verdict, which ends the process.
 

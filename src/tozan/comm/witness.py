@@ -1,0 +1,83 @@
+"""One line for a job whose ranks leave at once when one is lost: the first to notice says who, the others are silent.
+
+Where ranks do not wait for the heartbeat's verdict (`monitor`), because whoever started them starts them again, all of
+them see a connection fail at about the same time, and none is told whose process has ended. The kernel knows it of the
+processes on the same machine: ranks of that machine look there and speak first. Who speaks is decided by a counter in
+the job's store; where that is gone as well, rank 1 and the first rank of each machine do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+from torch._C._distributed_c10d import Store
+
+LOOKS, PAUSE_S = 5, 0.05
+"""How often, and how far apart, it is looked for a process that has ended: the kernel takes a moment to end one."""
+_ANSWER_S = 2.0
+"""For which the store may keep its answer to itself; behind a cut cable it does so for ever."""
+
+
+class Witness:
+    """What a rank knows of the processes on its machine.
+
+    Args:
+        rank: this one.
+        store: the job's store.
+        claim: a key in it that is only these ranks'.
+        processes: process ids on this machine, by rank.
+        speaks: whether this rank speaks where the store is gone.
+    """
+
+    def __init__(self, rank: int, store: Store, claim: str, processes: Mapping[int, int], speaks: bool) -> None:
+        self._rank, self._store, self._claim, self._speaks = rank, store, claim, speaks
+        self._processes = {other: process for other, process in processes.items() if other != rank}
+
+    def tell(self, error: Exception) -> None:
+        """Print the one line, unless another rank does."""
+        lost = self._lost()
+        if self._first():
+            names = ", ".join(f"rank {rank} (process {self._processes[rank]})" for rank in lost)
+            what = f"{names} {'is' if len(lost) == 1 else 'are'} lost; rank" if lost else "rank"
+            print(f"tozan: {what} {self._rank}: {error}", file=sys.stderr, flush=True)
+
+    def _lost(self) -> list[int]:
+        """Ranks of this machine whose process has ended. Nobody leaves before one has spoken, so it is the cause."""
+        for _ in range(LOOKS):
+            lost = [rank for rank, process in self._processes.items() if ended(process)]
+            if lost:
+                return lost
+            time.sleep(PAUSE_S)
+        return []
+
+    def _first(self) -> bool:
+        counts: list[int] = []
+
+        def count() -> None:
+            with contextlib.suppress(RuntimeError):
+                counts.append(self._store.add(self._claim, 1))
+
+        asking = threading.Thread(target=count, daemon=True)
+        asking.start()
+        asking.join(_ANSWER_S)
+        return counts[0] == 1 if counts else self._speaks
+
+
+def ended(process: int) -> bool:
+    """Whether a process is gone, or is only waited for by its parent."""
+    try:
+        return psutil.Process(process).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def space() -> str:
+    """Tells apart the containers of a machine in which process ids mean different things."""
+    link = Path("/proc/self/ns/pid")
+    return str(link.readlink()) if link.is_symlink() else ""
