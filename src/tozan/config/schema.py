@@ -215,8 +215,8 @@ class Recovery(Table):
     warning: Literal["SIGUSR1", "SIGUSR2", "none"] = "SIGUSR1"
     """Signal by which the scheduler warns of the end, beside SIGTERM: the run saves and leaves with exit status 75."""
     deadline: Annotated[float, Field(ge=0.0, le=86_400.0, examples=[600.0])] | None = None
-    """Seconds a step may stand still before the run ends with exit status 14; ten times as long for the start, the
-    first step, evaluations and saves. 0: no end. Default: layout.timeout, or ten times what steps stood still so far."""
+    """Seconds a step may stand still before the run ends with status 14; ten times as long for the start, the first
+    step, evaluations and saves. 0: no end. Default: layout.timeout, or ten times what steps stood still so far."""
 
 
 class Checks(Table):
