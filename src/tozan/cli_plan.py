@@ -18,21 +18,30 @@ class ModelOrVerb(click.Group):
         return super().resolve_command(ctx, args if args[0] in self.commands else ["layout", *args])
 
 
-@click.group(cls=ModelOrVerb, epilog=examples("tozan plan fugaku-13b --machine fugaku-2.0 --nodes 13824"))
+@click.group(
+    cls=ModelOrVerb,
+    epilog=examples(
+        "tozan plan fugaku-13b --machine fugaku-2.0 --nodes 13824",
+        "tozan plan 175B --machine a100-80 --tokens 300e9 --deadline 34",
+    ),
+)
 def plan() -> None:
-    """Which layout, how long, how much memory, what cost: tozan plan MODEL ... (`tozan plan layout --help`)."""
+    """Which layout, how long, how much memory, what cost.
+
+    `tozan plan MODEL --machine MACHINE` is short for `tozan plan layout MODEL ...`, whose --help has all options.
+    """
 
 
 @plan.command("layout", epilog=examples("tozan plan gpt2-1.3b --machine fugaku-2.0 --nodes 4096 --sweep strong"))
 @click.argument("model")
-@click.option("--machine", required=True, help="A machine that tozan ships, or a machine file.")
+@click.option("--machine", default="", help="A machine that tozan ships, such as a100-80, or a machine file.")
 @click.option("--nodes", type=int, help="Nodes to use; without it, all, or what --deadline or --budget need.")
-@click.option("--tokens", type=float, help="Tokens of the run; without it, 20 per parameter.")
+@click.option("--tokens", type=float, help="Tokens of the run (300e9); without it, 20 per parameter.")
 @click.option("--global-batch", type=click.IntRange(min=1), help="Samples of a step; without it, by model size.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Without it, the machine's best.")
 @click.option("--stack", default="tozan", show_default=True, help="The trainer to price, such as megatron-core.")
-@click.option("--deadline", type=float, help="Days: find the fewest nodes that meet it.")
-@click.option("--budget", type=float, help="Money: find the nodes that finish soonest within it.")
+@click.option("--deadline", type=float, help="Days; without --nodes, finds the fewest that meet it.")
+@click.option("--budget", type=float, help="Money; without --nodes, finds those that finish soonest in it.")
 @click.option("--sweep", type=click.Choice(["strong", "weak", "both"]), help="Also price fewer nodes.")
 @click.option("--html", type=FOLDER, help="File for the page that tozan report draws of a plan.")
 @click.option("--out", type=FOLDER, help="Folder for plan.json (for tozan report), plan.toml and launch.sh.")

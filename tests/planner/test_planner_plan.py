@@ -18,7 +18,7 @@ from tozan.comm.jobs import Job as Started
 from tozan.comm.jobs import rank_map
 from tozan.config import load as load_config
 from tozan.errors import UserError
-from tozan.planner import costs, plan, stacks
+from tozan.planner import costs, plan, show, stacks
 from tozan.planner.export import torus
 from tozan.planner.layer import Job
 from tozan.planner.machine import load, names
@@ -150,6 +150,26 @@ def test_what_is_out_of_reach_says_what_comes_nearest():
     assert plan("13B", "a100-80", tokens=0.9 * less, deadline=0.1).choices[0].days <= 0.1
     with pytest.raises(UserError, match=r"cheapest is .* nodes"):
         plan("13B", "a100-80", tokens=1e12, budget=10)
+
+
+def test_nodes_that_miss_the_deadline_or_the_budget_say_so():
+    found = plan("175B", "a100-80", 16, 300e9, deadline=3, budget=1000)
+    best = found.choices[0]
+    assert best.days > 100
+    assert f"Misses the deadline of 3 days: the best takes {best.days:.3g}." in found.text
+    assert f"Exceeds the budget of 1,000: the best costs {best.cost:,.0f} USD." in found.text.replace("\n", " ")
+    met = plan("175B", "a100-80", 16, 300e9, deadline=best.days + 1, budget=best.cost + 1)
+    assert not any("deadline" in sentence for sentence in met.advice)
+
+
+def test_answers_have_no_exponents_and_explain_their_words():
+    found = plan("175B", "a100-80", 16)
+    assert found.choices[0].days >= 1000
+    assert not re.search(r"\de[+-]\d", found.text)
+    used = [word for word, value in found.choices[0].parts.items() if value > 0.01 * found.choices[0].seconds]
+    assert all(f"{word}: " in found.text for word in used if word in show.MEANINGS)
+    with pytest.raises(UserError, match="300 is less than one step, 4,194,304 tokens"):
+        plan("175B", "a100-80", 16, 300)
 
 
 def test_a_plan_as_data_says_the_same(tmp_path):

@@ -23,6 +23,8 @@ def test_talk_and_mistakes(capsys):
     assert "Moore" in capsys.readouterr().out
     assert main(["plan", "gpt2-124m", "--machine", "abacus"]) == 2
     assert "no machine and no file is called 'abacus'" in capsys.readouterr().err
+    assert main(["plan", "gpt2-124m"]) == 2
+    assert "one of a100-40" in capsys.readouterr().err
 
 
 def test_plan_starts_without_torch():

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 from made_ranks import make_collectives, make_gemm, make_plan, make_scaling
@@ -12,7 +13,7 @@ import tozan
 from tozan.bench.result import Peak, read
 from tozan.errors import UserError
 from tozan.report import bench_page, kind_of, plan_page
-from tozan.report.figures import kernels, scaling, torus
+from tozan.report.figures import kernels, plans, scaling, torus
 
 
 def rows_of(figure):
@@ -117,3 +118,12 @@ def test_neighbouring_groups_of_a_torus_have_their_own_colours():
     drawn = torus.torus(shape, places, group, "tensor")
     assert "60 tensor groups" in drawn.caption
     assert "at most 2 hops" in drawn.description
+
+
+@pytest.mark.parametrize(("kind", "times"), [("weak", [24.0, 24.3, 23.6]), ("strong", [80.0, 45.0, 28.0])])
+def test_the_time_of_a_curve_can_be_read_off(kind, times):
+    rows = [{"nodes": float(2**power), "seconds": value} for power, value in enumerate(times)]
+    for drawing in plans.curves(rows, kind).svg.values():
+        labels = re.findall(r">\s*([\d.]+) s\s*<", drawing)
+        assert len(labels) >= 2
+        assert min(times) / 2 < max(map(float, labels)) <= 2 * max(times)

@@ -275,7 +275,8 @@ def load(name: str) -> Machine:
             text, where = read_bytes(path, _LARGEST).decode(errors="replace"), str(path)
     else:
         fix = f"one of {', '.join(names())}, or the path of a machine file"
-        raise UserError(Problem("--machine", f"no machine and no file is called {name!r}", fix))
+        what = f"no machine and no file is called {name!r}" if name else "a plan needs a machine"
+        raise UserError(Problem("--machine", what, fix))
     try:
         return Machine.model_validate(tomllib.loads(bounded(text)))
     except ValidationError as error:

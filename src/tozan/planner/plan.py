@@ -181,10 +181,14 @@ def plan(
     batch = global_batch or default_batch(shape)
     job = Job(shape, found_machine, stacks.STACKS[stack], batch, precision)
     result = Plan(model, shape, found_machine, 0, tokens, batch, precision, stack, 0, [], True, 0, 0.0)
-    result.steps = int(-(-tokens // (batch * shape.sequence)))
+    if tokens < (step := batch * shape.sequence):
+        fix = "tokens are counted one by one (300e9), not in billions"
+        raise UserError(Problem("--tokens", f"{tokens:g} is less than one step, {step:,} tokens", fix))
+    result.steps = int(-(-tokens // step))
     if nodes is None and (deadline is not None or budget is not None):
         nodes = _turned_round(result, job, deadline, budget, options)
     _fill(result, job, nodes or found_machine.nodes, options)
+    result.advice[:0] = _missed(result, deadline, budget)
     for kind in ("strong", "weak") if sweep == "both" else filter(None, [sweep]):
         result.curves[kind] = scaling(result, job, kind, options)
     result.text = show.text(result)
@@ -299,7 +303,7 @@ def _out_of_reach(
         return Problem(where, what, f"see what is missing: tozan plan {result.model} --nodes {nodes}")
 
     def told(pair: tuple[int, Choice]) -> str:
-        return f"{pair[0]:,} nodes: {pair[1].days:.3g} days{_money(result, pair[1])}"
+        return f"{pair[0]:,} nodes: {show.plain(pair[1].days)} days{_money(result, pair[1])}"
 
     soonest = min(rows, key=lambda pair: pair[1].days)
     nearest = [f"soonest is {told(soonest)}"]
@@ -322,6 +326,17 @@ def _narrow(result: Plan, job: Job, nodes: int, deadline: float, budget: float |
             if choice.days <= deadline and (budget is None or (choice.cost or 0) <= budget):
                 return int(count)
     return nodes
+
+
+def _missed(result: Plan, deadline: float | None, budget: float | None) -> list[str]:
+    """What of a deadline or budget the best layout misses on the nodes that were asked for."""
+    best = result.choices[0]
+    missed = []
+    if deadline is not None and best.days > deadline:
+        missed.append(f"Misses the deadline of {deadline:g} days: the best takes {show.plain(best.days)}.")
+    if budget is not None and best.cost is not None and best.cost > budget:
+        missed.append(f"Exceeds the budget of {budget:,.0f}: the best costs {_money(result, best)[2:]}.")
+    return [f"{' '.join(missed)} Leave --nodes out to find how many do."] if missed else []
 
 
 def _money(result: Plan, choice: Choice) -> str:

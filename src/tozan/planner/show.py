@@ -43,14 +43,14 @@ def render(plan: Plan) -> Group:
     """The plan as Rich renderables."""
     shape, machine = plan.shape, plan.machine
     head = (
-        f"{plan.model}: {parameters(shape) / 1e9:.3g}B parameters, {plan.tokens / 1e9:.4g}B tokens, "
+        f"{plan.model}: {_many(parameters(shape))} parameters, {_many(plan.tokens)} tokens, "
         f"{plan.steps:,} steps of {plan.global_batch:,} × {shape.sequence:,} tokens, {plan.precision}, {plan.stack}\n"
         f"{machine.name}: {plan.nodes:,} nodes, {plan.nodes * machine.node.devices:,} devices of "
         f"{machine.device.peak[plan.precision] / 1e12:.4g} TFLOP/s and {machine.device.memory / 1e9:.0f} GB\n"
     )
     parts: list[RenderableType] = [Text(head), _choices(plan), _breakdown(plan)]
     parts += [_curve(kind, rows) for kind, rows in plan.curves.items()]
-    notes = [*plan.advice, _overheads(plan)]
+    notes = [*plan.advice, _meanings(plan), _overheads(plan)]
     notes.append(f"Priced {plan.tried:,} layouts in {plan.elapsed:.2f} s.")
     parts.append(Text("\n".join(["", *notes])))
     return Group(*parts)
@@ -82,13 +82,13 @@ def _choices(plan: Plan) -> Table:
     for choice in plan.choices:
         table.add_row(
             name(choice),
-            f"{choice.seconds:.3g}",
-            f"{choice.low:.3g}–{choice.high:.3g}",
-            f"{choice.flops / 1e12:.3g}",
+            plain(choice.seconds),
+            f"{plain(choice.low)}–{plain(choice.high)}",
+            plain(choice.flops / 1e12),
             f"{choice.peak_share:.1%}",
-            f"{choice.days:.3g}",
+            plain(choice.days),
             f"{sum(choice.memory.values()) / 1e9:.1f}",
-            "–" if choice.megawatt_hours is None else f"{choice.megawatt_hours:,.3g}",
+            "–" if choice.megawatt_hours is None else plain(choice.megawatt_hours),
             "–" if choice.cost is None else f"{choice.cost:,.0f}",
         )
     return table
@@ -106,7 +106,7 @@ def _breakdown(plan: Plan) -> Table:
         left = ("", "", "")
         if row < len(times):
             key, value = times[row]
-            left = (key, f"{value:.3g}", f"{value / best.seconds:.1%}")
+            left = (key, plain(value), f"{value / best.seconds:.1%}")
         right = (sizes[row][0], f"{sizes[row][1] / 1e9:.2f}") if row < len(sizes) else ("", "")
         table.add_row(*left, *right)
     return table
@@ -121,7 +121,7 @@ def _curve(kind: str, rows: list[dict[str, float]]) -> Table:
         table.add_row(
             f"{row['nodes']:,.0f}",
             f"{row['global_batch']:,.0f}",
-            f"{row['seconds']:.3g}",
+            plain(row["seconds"]),
             f"{row['flops'] / 1e15:.4g}",
             f"{row['flops_per_device'] / 1e12:.3g}",
             f"{row['efficiency']:.0%}",
@@ -129,12 +129,48 @@ def _curve(kind: str, rows: list[dict[str, float]]) -> Table:
     return table
 
 
+MEANINGS = {
+    "tensor": "tensor-parallel communication",
+    "host": "waiting for the host to issue work",
+    "ends": "embedding, output head and loss",
+    "bubble": "pipeline stages that idle",
+    "pipeline": "messages between stages",
+    "data": "gradients and ZeRO's gathers, what does not hide",
+    "noise": "waiting for late ranks",
+    "working": "buffers of the operation at hand",
+    "reserve": "system, libraries, holes between tensors",
+}
+"""What the words of a breakdown mean, where they do not say it themselves."""
+
+
+def _meanings(plan: Plan) -> str:
+    """The words of the breakdown that need one, in the order in which it has them."""
+    best = plan.choices[0]
+    used = [key for key, value in best.parts.items() if abs(value) > 0.001 * best.seconds] + list(best.memory)
+    return "; ".join(f"{key}: {MEANINGS[key]}" for key in used if key in MEANINGS) + "."
+
+
+def plain(value: float) -> str:
+    """Three digits, without an exponent: `0.0141`, `4.73`, `7,004`."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def _many(count: float) -> str:
+    """A count in three or four digits: `124M`, `26.27B`, `3.492T`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.4g}{unit}"
+    return f"{count:,.0f}"
+
+
 def _overheads(plan: Plan) -> str:
     """Conventions and overheads in words."""
     best = plan.choices[0]
+    minutes = best.checkpoint_minutes
+    every = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     return (
-        f"Days include {best.overhead:.1%} for failures and checkpoints every {best.checkpoint_minutes:.0f} min "
-        "(Young/Daly). TFLOP/s: model FLOPs per device, recomputation not counted; % of the nominal "
+        f"Days include {best.overhead:.1%} for failures and checkpoints every {every} (Young/Daly). TFLOP/s: model "
+        "FLOPs per device, recomputation not counted; % of the nominal "
         f"{plan.precision} peak. Interval: from the errors on this machine's calibration rows, or assumed."
     )
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from tozan.report.drawing import Figure, figure, rows_csv
+from tozan.report.history import Array
 from tozan.report.marks import BLUE, GREY, MUTED, SERIES, bare, key
 from tozan.report.words import percent, seconds, time_tick
 
@@ -158,13 +160,11 @@ def curves(rows: Sequence[Mapping[str, float]], kind: str) -> Figure | None:
 
     def draw(axes: Axes, narrow: bool) -> None:
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.plot(x, ideal, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.plot(x, y, color=BLUE, marker="o", markersize=4)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.locator_params(axis="x", numticks=5)
-        axes.yaxis.set_major_formatter(time_tick)
-        axes.yaxis.set_minor_formatter(lambda *_: "")
+        _time_axis(axes, np.append(y, ideal))
         axes.set_title("time of a step", loc="left", fontsize=10.5, color=MUTED, pad=8)
         axes.set_xlabel("nodes", fontsize=10.5, loc="right")
         key(axes, [("predicted", BLUE), ("ideal", GREY)], narrow, -0.17)
@@ -177,3 +177,14 @@ def curves(rows: Sequence[Mapping[str, float]], kind: str) -> Figure | None:
     data = rows_csv(names, [[row.get(name) for name in names] for row in rows])
     title = "Strong scaling, predicted" if kind == "strong" else "Weak scaling, predicted"
     return figure(f"{kind}-curve", title, words, draw, data, "The best layout for each number of nodes.", 280.0)
+
+
+def _time_axis(axes: Axes, values: Array) -> None:
+    """Seconds upwards: from nought where they hardly differ, else by logarithm, with labels three times a decade."""
+    if values.max() > 3 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(lambda *_: "")
+    else:
+        axes.set_ylim(0, 1.2 * values.max())
+    axes.yaxis.set_major_formatter(time_tick)
