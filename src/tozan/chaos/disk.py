@@ -65,7 +65,7 @@ def mounted(folder: Path) -> Iterator[Disk | None]:
         kept = folder.with_name(f"{folder.name}-kept")
         shutil.copytree(folder, kept)
         _unmount(folder)
-        folder.rmdir()
+        shutil.rmtree(folder)  # not empty if somebody wrote in the moment without a disk
         kept.rename(folder)
 
 
