@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     options = parser.parse_args()
     if options.only_peer:
-        machine.keep_freed_memory = lambda: False
+        machine.set_allocator = lambda: None
     with tempfile.TemporaryDirectory() as folder:
         run = tozan_run(Path(folder), options)
         sides = {"transformers": transformers_step(run, options)}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tozan.bench import ranks, units
 from tozan.comm import Mesh, collectives, processor
 from tozan.layout import Layout
-from tozan.train.machine import keep_freed_memory, measure_gemm_rate
+from tozan.train.machine import measure_gemm_rate, set_allocator
 
 SIZES = (1 << 12, 1 << 18, 1 << 21)
 """Elements of a collective's buffer (fp32): 16 KiB, 1 MiB, 8 MiB."""
@@ -62,7 +62,7 @@ def _joined(rank: int, world: int, folder: Path) -> Iterator[None]:
         available = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {available[rank % len(available)]})
     torch.set_num_threads(1)
-    keep_freed_memory()
+    set_allocator()
     with ranks.group(rank, world, folder, "ranks", seconds=300):
         yield
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from tozan.bench import between, units
 from tozan.comm import processor
-from tozan.train.machine import keep_freed_memory
+from tozan.train.machine import set_allocator
 
 SHAPES = (
     (4096, 2304, 768),
@@ -86,7 +86,7 @@ def calibrate(out: Path, worlds: tuple[int, ...] = between.WORLDS, seconds: floa
 
 def measure(worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shrink: int = 1) -> Measured:
     """Run all micro-benchmarks in this process, and those of several ranks in others."""
-    keep_freed_memory()
+    set_allocator()
     shapes = [(m // shrink, n // shrink, k // shrink) for m, n, k in (*SHAPES, SQUARE)]
     rates = {name: [_gemm(dtype, *shape, seconds) for shape in shapes] for name, dtype in DTYPES.items()}
     peak = {name: max(found) for name, found in rates.items()}

@@ -227,5 +227,6 @@ def _process(measured: Measured) -> dict[str, Any]:
         "kept": measured.kept,
         "mallopt": machine.MALLOPT if measured.kept else {},
         "kernels": native.status(),
+        "arena": native.arena(),
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "",
     }

@@ -72,6 +72,7 @@ def _process(m: Mapping[str, Any], p: Mapping[str, Any], result: Result) -> Iter
     yield "allocator", f"{loaded}; {_variables(m, ('LD_PRELOAD', 'GLIBC', 'MALLOC'))}"
     done = ", ".join(f"{name}={binary(value)}" for name, value in p["mallopt"].items())
     yield "", f"tozan sets, by mallopt: {done}" if done else "tozan could not set it: no mallopt in this C library"
+    yield "", f"tensors are made in {p.get('arena', 'places not known')}"
     gain = fresh.median / kept.median
     faults = f"{fresh['minor_faults']:,} to {kept['minor_faults']:,} page faults"
     yield "", f"a buffer of 64 MiB: {scaled(fresh.median, 's')} to {scaled(kept.median, 's')} ({gain:.1f}×), {faults}"

@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp` for this processor at first use and keeps the result in the user's cache folder.
+"""Compiles `kernels.cpp`, and `arena.cpp`, for this processor at first use and keeps them in the user's cache folder.
 
 The folder is `$XDG_CACHE_HOME/tozan/kernels` (else `~/.cache/…`), closed to other users: what lies there is code that
 this process runs. A library's name is a hash of source, flags and processor, and it appears there by a rename, so a
@@ -21,7 +21,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,9 @@ from torch import Tensor
 Choice = Literal["auto", "plain"]
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+ARENA_SOURCE = Path(__file__).with_name("arena.cpp")
 COMPILED = "compiled for this processor"
+ARENA = "an arena for tensors"
 PATIENCE = 120.0
 """Seconds that a process waits for another's compiler before it starts its own."""
 
@@ -47,8 +49,8 @@ def choose(choice: Choice) -> None:
 
 def status() -> str:
     """`COMPILED` if kernels are in use, else why not."""
-    if _chosen == "plain":
-        return "plain PyTorch: asked for"
+    if _plain():
+        return _plain()
     library, why = _load()
     return COMPILED if library else f"plain PyTorch: {why}"
 
@@ -87,9 +89,54 @@ def _argument(value: Tensor | int | None) -> object:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or why there is none."""
+    """The kernels, or why there are none."""
+    return _library(SOURCE)
+
+
+def arena() -> str:
+    """Have tensors made by the allocator of `arena.cpp` from the first call on, and say `ARENA`, or why they are not."""
+    return f"the C library's heap: {why}" if (why := _plain() or _arena()[1]) else ARENA
+
+
+def arena_bytes(again: bool = False) -> tuple[int, int, int] | None:
+    """Bytes of tensors now and at most since the start, and of memory ever touched for them; None without an arena.
+
+    Tensors below 64 KiB are not among them.
+
+    Args:
+        again: begin anew with the largest.
+    """
+    library = None if _plain() else _arena()[0]
+    if library is None:
+        return None
+    found = (ctypes.c_size_t * 3)()
+    library.arena_count(found, ctypes.c_int(again))
+    return found[0], found[1], found[2]
+
+
+def _plain() -> str:
+    return "plain PyTorch: asked for" if _chosen == "plain" else ""
+
+
+@functools.cache
+def _arena() -> tuple[ctypes.CDLL | None, str]:
+    """The installed allocator, or why there is none. Its addresses are as many as this machine has bytes of memory."""
+    folder = Path(torch.__file__).parent
+    # Its classes are PyTorch's own, so a library serves one build of PyTorch only.
+    flags = [f"-I{folder / 'include'}", f'-DTORCH="{torch.__version__}"', f"-L{folder / 'lib'}", "-lc10"]
+    library, why = _library(ARENA_SOURCE, flags)
+    if library is None:
+        return None, why
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not library.arena_install(ctypes.c_size_t(size)):
+        return None, f"{size >> 30} GiB of addresses cannot be had"
+    return library, ""
+
+
+def _library(source: Path, more: Sequence[str] = ()) -> tuple[ctypes.CDLL | None, str]:
+    """A library, or why there is none."""
     try:
-        library = ctypes.CDLL(str(build(cache_folder())))
+        library = ctypes.CDLL(str(build(cache_folder(), source, more)))
     except OSError as error:
         return None, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     except RuntimeError as error:  # this user has no home
@@ -102,19 +149,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tozan" / "kernels"
 
 
-def build(folder: Path) -> Path:
-    """The library of this source for this processor, compiled unless `folder` has it.
+def build(folder: Path, source: Path | None = None, more: Sequence[str] = ()) -> Path:
+    """The library of a source for this processor, compiled unless `folder` has it.
+
+    Args:
+        folder: where libraries are kept.
+        source: default: that of the kernels.
+        more: flags of the compiler, to be put behind the source.
 
     Raises:
         OSError: no compiler, or it fails, or others may write into the folder.
     """
+    source = source or SOURCE
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(folder)
-    name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, _flags()), _processor()])).hexdigest()
+    flags = map(str.encode, [*_flags(), *more])
+    name = hashlib.sha256(b"\0".join([source.read_bytes(), *flags, _processor()])).hexdigest()
     path = folder / f"{name[:32]}.so"
     with contextlib.nullcontext() if path.exists() else _turn(folder / f"{name[:32]}.{platform.node()}.lock", path):
         if not path.exists():
-            _compile(path)
+            _compile(path, source, more)
     _require_private(path)
     return path
 
@@ -154,7 +208,7 @@ def _turn(lock: Path, made: Path) -> Iterator[None]:
         yield
 
 
-def _compile(path: Path) -> None:
+def _compile(path: Path, source: Path, more: Sequence[str]) -> None:
     """Compile into a file of its own, then rename it.
 
     Raises:
@@ -166,7 +220,7 @@ def _compile(path: Path) -> None:
         raise FileNotFoundError(0, "no C++ compiler (c++, g++ or clang++) to compile kernels with")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [*compiler, *_flags(), "-o", str(made), str(SOURCE)]
+        command = [*compiler, *_flags(), "-o", str(made), str(source), *more]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         except subprocess.TimeoutExpired:

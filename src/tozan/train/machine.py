@@ -38,6 +38,12 @@ def keep_freed_memory() -> bool:
     return all(accepted)
 
 
+def set_allocator() -> None:
+    """Have freed memory kept in the process, and tensors made in an arena of their own where that can be compiled."""
+    keep_freed_memory()
+    native.arena()
+
+
 def prepare(threads: int | None, deterministic: bool, kernels: native.Choice = "auto") -> None:
     """Set this process up for training: allocator, thread count, determinism, kernels.
 
@@ -47,7 +53,7 @@ def prepare(threads: int | None, deterministic: bool, kernels: native.Choice = "
         kernels: compiled ones where they can be had, or `plain` PyTorch.
     """
     native.choose(kernels)
-    keep_freed_memory()
+    set_allocator()
     if threads is not None:
         torch.set_num_threads(threads or cores())
     torch.use_deterministic_algorithms(deterministic)

@@ -291,6 +291,7 @@ def facts(run: Run) -> dict[str, Any]:
         "versions": {"tozan": tozan.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "kernels": native.status(),
+        "allocator": native.arena(),
         "processes": run.split.mesh.world_size,
         "layout": run.config.layout.model_dump(),
         "device": str(run.device),
