@@ -33,7 +33,7 @@ Choice = Literal["auto", "plain"]
 SOURCE = Path(__file__).with_name("kernels.cpp")
 ARENA_SOURCE = Path(__file__).with_name("arena.cpp")
 COMPILED = "compiled for this processor"
-ARENA = "an arena for tensors"
+ARENA = "an arena of their own"
 PATIENCE = 120.0
 """Seconds that a process waits for another's compiler before it starts its own."""
 
