@@ -94,7 +94,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def arena() -> str:
-    """Have tensors made by the allocator of `arena.cpp` from the first call on, and say `ARENA`, or why they are not."""
+    """Have tensors made by the allocator of `arena.cpp` from now on; says `ARENA`, or why they are not."""
     return f"the C library's heap: {why}" if (why := _plain() or _arena()[1]) else ARENA
 
 
