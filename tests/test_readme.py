@@ -48,7 +48,7 @@ def test_everything_a_guide_says_works(guide, empty_folder, capsys):
             for command in commands(block["text"]):
                 if command[0] == "torchrun":
                     launch = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-                    done = subprocess.run(launch, capture_output=True, text=True, timeout=120, check=False)
+                    done = subprocess.run(launch, capture_output=True, text=True, timeout=240, check=False)
                     assert done.returncode == 0, done.stderr
                 if command[0] == "tozan":
                     assert main(command[1:]) == 0, (command, capsys.readouterr().err)

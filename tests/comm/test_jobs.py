@@ -214,7 +214,7 @@ def test_starts_the_real_mpirun_from_a_description(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sum 1") == 2

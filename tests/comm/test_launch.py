@@ -112,14 +112,14 @@ def test_mpirun_starts_ranks_that_find_each_other_and_their_cores():
     e = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER"))}
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2"]
     done = subprocess.run(
-        [*command, sys.executable, WORKER, "2", "once"], env=e, capture_output=True, text=True, timeout=90
+        [*command, sys.executable, WORKER, "2", "once"], env=e, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     # mpirun may forward two ranks' lines in pieces.
     assert sorted(re.findall(r"rank \d: sum \d", done.stdout)) == ["rank 0: sum 1", "rank 1: sum 1"]
     assert done.stderr.count("bound by tozan") == 2
     wrong = subprocess.run(
-        [*command, sys.executable, WORKER, "4", "once"], env=e, capture_output=True, text=True, timeout=90
+        [*command, sys.executable, WORKER, "4", "once"], env=e, capture_output=True, text=True, timeout=240
     )
     assert "asks for 4 ranks, but there are 2 ranks started by mpirun" in wrong.stderr
     assert "Traceback" not in wrong.stderr
@@ -130,7 +130,7 @@ def test_torchrun_starts_ranks():
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, "2", "once"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sum 1") == 2

@@ -24,7 +24,7 @@ def finished(environment, folder, job):
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
     assert "Submitted batch job" in done.stdout, done.stderr
     number = done.stdout.split()[-1]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         state = subprocess.run(
             ["squeue", "-h", "-j", number, "-o", "%T"], env=environment, capture_output=True, text=True
@@ -60,7 +60,7 @@ def test_inside_an_allocation_it_runs_there_or_refuses(cluster, tmp_path):
     header = [line for line in script(inside, "slurm").splitlines() if line.startswith("#")]
     (tmp_path / "job.sh").write_text("\n".join([*header, f"{sys.executable} go.py", ""]))
     done = subprocess.run(
-        ["sbatch", "--wait", "job.sh"], env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        ["sbatch", "--wait", "job.sh"], env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     text = next(tmp_path.glob("inside-*.out")).read_text()
     assert done.returncode == 0, text

@@ -25,6 +25,11 @@ def _free_port():
         return probe.getsockname()[1]
 
 
+def _answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def one_node(folder: Path, cores: int):
     """Yields the environment in which sbatch and srun find the cluster."""
@@ -65,18 +70,21 @@ def one_node(folder: Path, cores: int):
         ["slurmctld", "-D"],
         ["slurmd", "-D", "-N", host],
     ]
-    daemons = []
+    ready = [
+        (folder / "munge.socket").exists,
+        lambda: _answers(config["SlurmctldPort"]),
+        lambda: "idle" in subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, text=True).stdout,
+    ]
+    daemons, deadline = [], time.monotonic() + 90
     try:
-        for command in commands:
+        for command, is_ready in zip(commands, ready, strict=True):
             log = (folder / f"{command[0]}.out").open("w")
             daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-            time.sleep(0.5)
-        deadline = time.monotonic() + 30
-        while "idle" not in subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, text=True).stdout:
-            if time.monotonic() > deadline:
-                logs = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
-                raise RuntimeError(f"Slurm did not come up:\n{logs}")
-            time.sleep(0.3)
+            while not is_ready():
+                if time.monotonic() > deadline:
+                    logs = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
+                    raise RuntimeError(f"Slurm did not come up:\n{logs}")
+                time.sleep(0.05)
         yield environment
     finally:
         for daemon in reversed(daemons):

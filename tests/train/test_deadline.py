@@ -160,7 +160,7 @@ def run(tmp_path: Path, verb: str, *flags: str) -> subprocess.CompletedProcess[s
     (tmp_path / "sitecustomize.py").write_text(HANGS)
     words = [sys.executable, "-m", "tozan", verb, str(tmp_path / "run.toml"), "--recovery.deadline=1", *flags]
     variables = {"PYTHONPATH": str(tmp_path), "MARKER": str(tmp_path / "hung"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, timeout=240)
 
 
 def check_message(errors: str, rank: int) -> None:
