@@ -50,15 +50,16 @@ def test_every_candidate_is_a_layout():
 
 
 def test_search_is_fast():
-    """50,000 layouts a second on one core, and all of Fugaku within a minute (with room for a busy machine)."""
+    """50,000 layouts a second on one core, and all of Fugaku within a minute (with room for a slow machine)."""
     job = Job(gpt(12288, 96, 96, 2048), load("a100-80"), stacks.MEGATRON_2022, 1536)
     search(job, 1024)
-    rate = max((lambda f: f.tried / f.elapsed)(search(job, 1024)) for _ in range(3))
-    assert rate > 25_000
+    begin = time.process_time()
+    tried = sum(search(job, 1024).tried for _ in range(3))
+    assert tried / (time.process_time() - begin) > 25_000
     fugaku = Job(gpt(12288, 96, 96, 2048), load("fugaku-2.0"), stacks.TOZAN, 6144, "fp32")
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert search(fugaku, 158_976).fitting > 0
-    assert time.perf_counter() - begin < 60
+    assert time.process_time() - begin < 60
 
 
 def test_plan_reads_well_and_its_config_loads(tmp_path):

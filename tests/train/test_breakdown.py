@@ -75,13 +75,14 @@ def check_timelines(run, pipeline):
 
 
 def test_waits_are_taken_out_of_their_phase_and_charged_to_their_axis():
-    ledger = Ledger()
+    ledger, begin = Ledger(), time.perf_counter()
     clock = Clock(ledger=ledger)
     entry = ledger.begin("all_reduce", "gradients", "dp", (0, 1), 8, time.perf_counter())
     time.sleep(0.03)
     entry.wait = 0.02
     ledger.end(entry)
     clock.mark("backward")
+    passed = time.perf_counter() - begin
     entry = ledger.begin("all_gather", "state", "dp", (0, 1), 8, time.perf_counter())
     time.sleep(0.01)
     entry.wait = 0.01
@@ -89,6 +90,6 @@ def test_waits_are_taken_out_of_their_phase_and_charged_to_their_axis():
     clock.mark("checkpoint")
     seconds, phases = clock.lap()
     assert phases["wait/dp"] == pytest.approx(0.02)
-    assert 0.01 <= phases["backward"] < 0.02
+    assert 0.01 <= phases["backward"] <= passed - 0.02
     assert phases["checkpoint"] >= 0.01, "what is not part of a step keeps its waits"
     assert sum(phases.values()) == pytest.approx(seconds)

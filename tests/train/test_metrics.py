@@ -19,11 +19,12 @@ def test_phases_sum_to_the_lap():
     clock.mark("backward")
     clock.mark("forward")
     time.sleep(0.01)
+    before = time.perf_counter()
     seconds, phases = clock.lap()
     assert sum(phases.values()) == pytest.approx(seconds, rel=1e-9)
     assert set(phases) == {"forward", "backward", "other"}
     assert phases["backward"] >= 0.02
-    assert clock.lap()[0] < 0.01
+    assert clock.lap()[0] <= time.perf_counter() - before
 
 
 def test_jsonl_is_always_valid_json_even_after_a_torn_line(tmp_path):
@@ -64,7 +65,7 @@ def test_wandb_runs_offline(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = folder.glob("*.wandb")
     # A process of W&B's own writes the file, and may still do so when `finish` has returned.
-    late = time.monotonic() + 30
+    late = time.monotonic() + 100
     while b"step/loss" not in file.read_bytes():
         assert time.monotonic() < late
         time.sleep(0.02)
