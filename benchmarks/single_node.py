@@ -2,6 +2,7 @@
 
     python benchmarks/single_node.py                       # GPT-2 124M, bf16, against transformers
     python benchmarks/single_node.py --preset gpt2-350m --micro-batch 2 --rounds 5
+    python benchmarks/single_node.py --memory --rounds 2   # only the largest resident set of each side
 
 Both sides train the same shape on the same batches with AdamW (fused) and clipping, and alternate step by step, so a
 neighbour's load hits both. The allocator setting that tozan makes for itself is in force for the peer, too; what the
@@ -18,20 +19,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tozan import data
-from tozan.config import load
-from tozan.models.arithmetic import model_flops
+from tozan.config import Loaded, load
+from tozan.data import Dataset
+from tozan.models.arithmetic import Shape, model_flops
 from tozan.train import Run, assemble, machine
 from tozan.train.metrics import Clock
+from tozan.train.precision import Precision
+from tozan.train.run import open_data, shape_of
 from tozan.train.step import train_step
 
 
-def tozan_run(folder: Path, options: argparse.Namespace) -> Run:
-    """A run as `tozan train` assembles it, over the standard library's text."""
+def configured(folder: Path, options: argparse.Namespace) -> Loaded:
+    """The config of the options, over the standard library's text."""
     data.build(data.corpus.standard_library(limit=4_000_000), folder / "data", vocabulary=4096)
     flags = [
         f"--model.preset={options.preset}",
@@ -45,7 +50,23 @@ def tozan_run(folder: Path, options: argparse.Namespace) -> Run:
         f"--train.threads={options.threads}",
         f"--train.kernels={options.kernels}",
     ]
-    return assemble(load(None, ["--version=1", *flags]))
+    return load(None, ["--version=1", *flags])
+
+
+@dataclass
+class Bare:
+    """What of a run a peer needs: no weights and no state."""
+
+    shape: Shape
+    precision: Precision
+    data: Dataset
+
+
+def bare(loaded: Loaded) -> Bare:
+    """Set this process up as for a run, and assemble none."""
+    train = loaded.config.train
+    machine.prepare(train.threads, train.deterministic, train.kernels)
+    return Bare(shape_of(loaded), Precision(train.precision, torch.device("cpu")), open_data(loaded.config)[0])
 
 
 def tozan_step(run: Run) -> Callable[[], int]:
@@ -59,7 +80,7 @@ def tozan_step(run: Run) -> Callable[[], int]:
     return step
 
 
-def transformers_step(run: Run, options: argparse.Namespace) -> Callable[[], int]:
+def transformers_step(run: Run | Bare, options: argparse.Namespace) -> Callable[[], int]:
     """The plain loop over transformers' model of the same shape, as its users write it."""
     import transformers
 
@@ -123,11 +144,29 @@ def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, lis
     return rates
 
 
-def newcomer() -> float:
-    """Tokens/s of the peer in a process of its own, with the system allocator left as it is."""
-    command = [sys.executable, __file__, "--only-peer", *sys.argv[1:]]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.splitlines()[-1])
+ALONE = ("tozan", "transformers", "transformers, allocator untouched")
+"""What `--memory` measures, each in a process of its own."""
+
+
+def alone(side: str) -> tuple[float, float]:
+    """Tokens/s of one side in a process of its own, and the largest resident set of that process in bytes."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", side]
+    rate, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
+    return float(rate), float(peak)
+
+
+def largest_resident_set() -> int:
+    """Bytes: VmHWM, which the kernel keeps for each process."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def compare_memory() -> None:
+    """Print the largest resident set of each side, and of the peer where it is smaller."""
+    peaks = {side: alone(side)[1] for side in ALONE}
+    peer = min(peak for side, peak in peaks.items() if side != "tozan")
+    for side, peak in peaks.items():
+        print(f"{side:36} {peak / 1e6:8.0f} MB at most  {peak / peer:5.2f}× the peer's least")
 
 
 def main() -> None:
@@ -140,22 +179,28 @@ def main() -> None:
     parser.add_argument("--kernels", choices=["auto", "plain"], default="auto", help="on tozan's side")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--newcomer", action="store_true", help="also measure the peer with the allocator untouched")
-    parser.add_argument("--only-peer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="only peak memory, each side in a process of its own")
+    parser.add_argument("--only", choices=ALONE, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     options = parser.parse_args()
-    if options.only_peer:
+    if options.only and "untouched" in options.only:
         machine.set_allocator = lambda: None
+    if options.memory and not options.only:
+        compare_memory()
+        return
     with tempfile.TemporaryDirectory() as folder:
-        run = tozan_run(Path(folder), options)
-        sides = {"transformers": transformers_step(run, options)}
-        if options.only_peer:
-            print(statistics.median(alternate(sides, options.rounds)["transformers"]))
+        loaded = configured(Path(folder), options)
+        if options.only:
+            peer = options.only != "tozan"
+            step = transformers_step(bare(loaded), options) if peer else tozan_step(assemble(loaded))
+            print(statistics.median(alternate({"": step}, options.rounds)[""]), largest_resident_set())
             return
-        sides["tozan"] = tozan_step(run)
+        run = assemble(loaded)
+        sides = {"transformers": transformers_step(run, options), "tozan": tozan_step(run)}
         rates = alternate(sides, options.rounds)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     if options.newcomer:
-        medians["transformers, allocator untouched"] = newcomer()
+        medians["transformers, allocator untouched"] = alone("transformers, allocator untouched")[0]
     flops = model_flops(run.shape) / run.shape.sequence
     print(f"{options.preset}, {options.precision}, micro-batch {options.micro_batch}, {options.rounds} rounds,")
     print(f"{torch.get_num_threads()} threads, best GEMM {run.peak_flops / 1e12:.2f} TFLOP/s, {machine.describe()}")

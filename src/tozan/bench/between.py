@@ -15,14 +15,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from tozan.bench import ranks, units
 from tozan.comm import Mesh, collectives, processor
 from tozan.layout import Layout
-from tozan.train.machine import measure_gemm_rate, set_allocator
+from tozan.train.machine import set_allocator
 
 SIZES = (1 << 12, 1 << 18, 1 << 21)
 """Elements of a collective's buffer (fp32): 16 KiB, 1 MiB, 8 MiB."""
@@ -37,22 +36,21 @@ def crowd(precision: str, seconds: float, shrink: int) -> dict[str, list[float]]
     return {name: [fmean(values) for values in zip(*(one[name] for one in every), strict=True)] for name in every[0]}
 
 
-def together(worlds: tuple[int, ...] = WORLDS, shrink: int = 1) -> tuple[list[dict[str, Any]], float]:
-    """Every collective between so many ranks, and the bytes of memory that a rank has before it holds a model.
+def together(worlds: tuple[int, ...] = WORLDS, shrink: int = 1) -> list[dict[str, Any]]:
+    """Every collective between so many ranks.
 
     Returns:
         Rows of `operation`, `ranks`, `latency` (s) and `rate` (bytes/s sent by a rank), as machine files have them.
     """
-    rows, resident = [], 0.0
+    rows = []
     for world in worlds:
         found = ranks.spawn(world, _collective_rank, [max(world, size // shrink) for size in SIZES])
-        resident = max(resident, found["resident"])
         for operation, times in found["seconds"].items():
             sent = found["sent"][operation]
             latency, per_byte = units.fit([[1.0, float(size)] for size in sent], times)
             rate = 1 / per_byte if per_byte else sent[-1] / times[-1]
             rows.append({"operation": operation, "ranks": world, "latency": latency, "rate": rate})
-    return rows, resident
+    return rows
 
 
 @contextmanager
@@ -87,10 +85,7 @@ def _collective_rank(rank: int, world: int, folder: Path, sizes: list[int]) -> d
 
 def _collectives(sizes: list[int]) -> dict[str, Any]:
     axis = Mesh.create(Layout(dp=dist.get_world_size()))["dp"]
-    # What every rank does at its start, and the libraries' own buffers, are no model's memory.
-    measure_gemm_rate(torch.bfloat16, torch.device("cpu"))
-    units.measure("bf16", 0.0, shrink=32)
-    resident, world = psutil.Process().memory_info().rss, axis.size
+    world = axis.size
     runs: dict[str, Callable[[torch.Tensor], Any]] = {
         "all_reduce": lambda x: collectives.all_reduce(x, axis),
         "all_gather": lambda x: collectives.all_gather(x[: x.numel() // world], axis),
@@ -111,4 +106,4 @@ def _collectives(sizes: list[int]) -> dict[str, Any]:
                 times.append((time.perf_counter() - begin) / calls)
             seconds[name].append(median(times))
             sent[name].append((axis.ledger.sum().bytes - before) // calls)
-    return {"seconds": seconds, "sent": sent, "resident": resident}
+    return {"seconds": seconds, "sent": sent}

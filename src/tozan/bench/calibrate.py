@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch.nn import functional as F
 
-from tozan.bench import between, units
+from tozan.bench import between, footprint, units
 from tozan.comm import processor
 from tozan.train.machine import set_allocator
 
@@ -51,7 +51,7 @@ class Measured:
         elementwise: share of it that GELU reaches.
         launch: seconds to issue a tiny operation.
         cores: that this process may use.
-        resident: bytes of memory of a rank that holds no model yet.
+        resident: bytes of memory of a rank beside its tensors.
         trainer: the trainer's units, one table per number of threads, as machine files have them.
         collectives: rows of operation, ranks, latency and rate, as machine files have them.
     """
@@ -103,7 +103,7 @@ def measure(worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shri
     trainer = [{"threads": cores, "precision": best, **units.measure(best, seconds / 2, shrink)}]
     if cores > 1 and worlds:
         trainer.append({"threads": 1, "precision": best, **between.crowd(best, seconds / 2, shrink)})
-    rows, resident = between.together(worlds, shrink) if worlds else ([], float(psutil.Process().memory_info().rss))
+    rows = between.together(worlds, shrink)
     return Measured(
         peak,
         min(1.0, sum(work) / spent / peak[best]),
@@ -113,7 +113,7 @@ def measure(worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shri
         min(1.0, gelu / copy),
         _time(lambda: tiny + tiny, seconds / 10),
         cores,
-        resident,
+        footprint.measure(min(worlds, default=1)),
         trainer,
         rows,
     )

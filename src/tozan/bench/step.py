@@ -137,10 +137,11 @@ def read(model: str, flags: Sequence[str]) -> Config:
     return config
 
 
-def assemble(config: Config, folder: Path) -> Run:
-    """The run of a config, as `tozan train` assembles it, on random tokens."""
-    mesh = Mesh.create(mesh_layout(config))
-    machine.prepare(config.train.threads, config.train.deterministic, config.train.kernels)
+def assemble(config: Config, folder: Path, mesh: Mesh | None = None) -> Run:
+    """The run of a config, as `tozan train` assembles it, on random tokens; without `mesh` by itself."""
+    mesh = mesh or Mesh.create(mesh_layout(config))
+    threads = config.train.threads if mesh.world_size == 1 else None
+    machine.prepare(threads, config.train.deterministic, config.train.kernels)
     device = machine.choose_device(config.train.device)
     manifest = Path(config.data.path) / "manifest.json"
     shape = resolve(config.model, Manifest.read(manifest.parent).vocabulary if manifest.is_file() else VOCABULARY)

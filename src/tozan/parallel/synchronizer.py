@@ -159,6 +159,10 @@ class Synchronizer:
         return unit.total // (self._ranks if everywhere else self._shards).size
 
     def _launch(self, unit: Unit, last: bool) -> None:
+        # By number and not by what has arrived: the order of operations must be the same on all ranks. And before the
+        # next buffers are made, which may be as large as those that this gives back.
+        while len(self._pending) >= IN_FLIGHT:
+            self._settle()
         flat = unit.pack({name: p.grad for name, p in unit.parameters.items()})
         if self._seen is not None:
             self._seen = (self._seen + int(flat.view(torch.int64).sum())) % 2**64
@@ -175,9 +179,6 @@ class Synchronizer:
         into, sizes = self._sums[unit.name], [piece] * axis.size
         handle = c.scatter_sum_async(flat, axis, sizes, name=f"gradients of {unit.name}", into=into, first=first)
         self._pending.append((unit, handle, last))
-        # By number and not by what has arrived: the order of operations must be the same on all ranks.
-        while len(self._pending) > IN_FLIGHT:
-            self._settle()
 
     def _settle(self) -> None:
         unit, handle, last = self._pending.popleft()

@@ -1,11 +1,14 @@
 """Resident memory of a rank of tozan's trainer on CPUs, tensor by tensor, at the fullest moment of a step.
 
-Two moments compete: the output head of the last micro-batch that is in flight, with all activations held; and the end
-of the backward pass, with every gradient there. Freed memory stays in the process (see `train.machine`), so the larger
-counts. Autocast makes a 16-bit copy of every weight in each micro-batch's forward pass, which its graph keeps.
+Moments compete: the output head of the last micro-batch that is in flight, with all activations held; the launch of
+each unit of gradients; and the end of the backward pass, with every gradient there. Freed memory stays in the process
+(see `train.machine`), so the largest counts. Autocast makes a 16-bit copy of every weight in each micro-batch's forward
+pass, which its graph keeps.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from tozan.planner.books import Trip, held, units
 from tozan.planner.kept import kept
@@ -15,8 +18,10 @@ from tozan.schedules import create
 LOGITS = 1 << 26
 """Logits of a chunk of the output loss (`ops.cross_entropy`); sharded vocabularies take `books.CHUNK_ELEMENTS`."""
 SHARDED_LOGITS = 1 << 24
-FLIGHT = 3
-"""Units of gradients in flight over replicas, as sent and as received, at once (`parallel.synchronizer`)."""
+IN_FLIGHT = 2
+"""Units of gradients on their way to the replicas at once (`parallel.synchronizer`)."""
+CHUNK_BYTES = 4 << 20
+"""Larger buffers are cut into pieces, which are copies, before they are sent (`comm.collectives`)."""
 
 
 def resident(trip: Trip, machine: Machine) -> dict[str, float]:
@@ -24,7 +29,7 @@ def resident(trip: Trip, machine: Machine) -> dict[str, float]:
 
     Args:
         trip: the run.
-        machine: `device.reserve` is what a rank takes before it holds a model.
+        machine: `device.reserve` is what a rank takes beside its tensors.
     """
     ends = (_rank(trip, trip.layout.rank(pp=stage)) for stage in {0, trip.layout.pp - 1})
     found = max(ends, key=lambda parts: sum(parts.values()))
@@ -34,13 +39,12 @@ def resident(trip: Trip, machine: Machine) -> dict[str, float]:
 def _rank(trip: Trip, rank: int) -> dict[str, float]:
     """The categories of one rank."""
     here = trip.layout.coordinates(rank)
-    sizes = held(trip, here)
+    sizes, sent = held(trip, here), _launches(trip, here)
     elements, word = sum(sizes.values()), trip.state_item
     share = (trip.zero_group or trip.replicas) if trip.zero else 1
-    flats = [float(packing.total * word) for _, packing in units(trip, here)] if trip.replicas > 1 else []
     parameters = float(elements * word)
     if trip.zero:
-        parameters = float(sum(flats)) * (1 / share if trip.zero == 3 else 1)
+        parameters = sum(one.size for one in sent) / (share if trip.zero == 3 else 1)
     depth = _in_flight(trip, here["pp"])
     blocks = sum(1 for name in sizes if name.endswith("norm1.weight"))
     kept = depth * blocks / trip.chunks * _activations(trip, trip.recomputes(here["pp"]))
@@ -49,30 +53,93 @@ def _rank(trip: Trip, rank: int) -> dict[str, float]:
     table = word * float(sizes.get("embed.weight", 0))
     head_table = word * float(sizes.get("head.weight", sizes.get("embed.weight", 0)))
     working = _head(trip, head_table) if here["pp"] == trip.layout.pp - 1 else 0.0
-    working += (2 * max(flats) if flats and trip.zero == 3 else 0.0) + (sum(flats[:1]) if trip.zero == 3 else 0.0)
-    gradients, early = _gradients(trip, elements * word, flats, share)
-    at_head = early + kept + working
-    at_end = gradients + table
-    whole = max(at_head, at_end)
+    # ZeRO 3: two blocks are whole at once, and what lies outside of all blocks.
+    whole = 2 * max(one.size for one in sent) + sum(one.size for one in sent if one.outside) if trip.zero == 3 else 0.0
+    gradients, early = _gradients(trip, elements * word, sent, share)
+    fullest = max(
+        early + kept + working + whole,
+        gradients + (0.0 if sent else table),
+        *(one + whole for one in _launched(trip, sent, share, kept, blocks, table)),
+    )
+    activations = max(0.0, min(kept, fullest - gradients))
     return {
         "parameters": parameters,
-        "gradients": min(gradients, whole),
+        "gradients": min(gradients, fullest),
         "optimizer": 2.0 * elements * word / share,
-        "activations": max(0.0, min(kept, whole - gradients)),
-        "working": max(0.0, whole - gradients - max(0.0, min(kept, whole - gradients))),
+        "activations": activations,
+        "working": max(0.0, fullest - gradients - activations),
     }
 
 
-def _gradients(trip: Trip, whole: float, flats: list[float], share: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Launch:
+    """A unit of gradients that is sent to the replicas.
+
+    Attributes:
+        size: bytes of its flat buffer.
+        left: blocks of the rank that the backward pass has not come to when it is complete.
+        outside: whether it is of no block.
+        embeds: whether the embedding is in it.
+    """
+
+    size: float
+    left: int
+    outside: bool
+    embeds: bool
+
+
+def _launches(trip: Trip, here: dict[str, int]) -> list[Launch]:
+    """The units of a rank, in the order of the backward pass."""
+    if trip.replicas == 1:
+        return []
+    order: dict[str, int] = {}
+    for name in held(trip, here):
+        if name.startswith("blocks."):
+            order.setdefault(name.split(".")[1], len(order))
+    found = []
+    for _, packing in units(trip, here):
+        numbers = [order[name.split(".")[1]] for name in packing.sizes if name.startswith("blocks.")]
+        first = any(name.split(".")[0] in ("embed", "position") for name in packing.sizes)
+        left = 0 if first else min(numbers, default=len(order))
+        embeds = "embed.weight" in packing.sizes
+        found.append(Launch(float(packing.total * trip.state_item), left, not numbers, embeds))
+    return found[::-1] if trip.zero else found
+
+
+def _often(trip: Trip) -> bool:
+    """Whether every micro-batch's gradients are sent, not only the last's."""
+    return (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2
+
+
+def _gradients(trip: Trip, whole: float, sent: list[Launch], share: int) -> tuple[float, float]:
     """Bytes of gradients at the end of the backward pass, and while the last micro-batch's activations are held."""
-    if not flats:
+    if not sent:
         return whole, whole if trip.accumulate > 1 else 0.0
-    flying = 2 * sum(sorted(flats)[-FLIGHT:])
-    summed = sum(flats) / (share if trip.zero else trip.replicas)
-    often = (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2
-    early = (summed if often else whole) if trip.accumulate > 1 else 0.0
-    last = summed + (sum(flats) if trip.zero == 0 else 0.0)
-    return max(last, summed + flying), early
+    sizes = [one.size for one in sent]
+    summed = sum(sizes) / (share if trip.zero else trip.replicas)
+    # As sent and as received: the last two of the micro-batch before wait to be added until others are launched.
+    early = summed + 2 * sum(sizes[-IN_FLIGHT:]) if _often(trip) else whole
+    return summed + (sum(sizes) if trip.zero == 0 else 0.0), early if trip.accumulate > 1 else 0.0
+
+
+def _launched(trip: Trip, sent: list[Launch], share: int, kept: float, blocks: int, table: float) -> list[float]:
+    """Bytes of gradients and activations while each unit is launched in the last micro-batch.
+
+    The one before is on its way, as sent and as received; this one is there as gradients and flat, then flat, as
+    sent, and as received. The embedding's gradient is added to that of a tied head.
+    """
+    many = trip.accumulate > 1 and _often(trip)
+    divisor = share if trip.zero else trip.replicas
+    found = []
+    for number, unit in enumerate(sent):
+        before = sent[number - 1].size if number or many else 0.0
+        summed = sum(one.size for one in (sent if many else sent[: number + 1])) / divisor
+        gathered = sum(one.size for one in sent[: max(0, number - 1)]) if trip.zero == 0 else 0.0
+        copies = 3 if unit.size > CHUNK_BYTES else 2
+        still = kept * unit.left / max(1, blocks) if trip.layout.pp == 1 else 0.0
+        making = max(copies * unit.size, unit.size + (table if unit.embeds else 0.0))
+        found.append(still + summed + gathered + 2 * before + making)
+    return found
 
 
 def _in_flight(trip: Trip, stage: int) -> float:

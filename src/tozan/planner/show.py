@@ -138,7 +138,7 @@ MEANINGS = {
     "data": "gradients and ZeRO's gathers, what does not hide",
     "noise": "waiting for late ranks",
     "working": "buffers of the operation at hand",
-    "reserve": "system, libraries, holes between tensors",
+    "reserve": "system, libraries, what they keep for themselves",
 }
 """What the words of a breakdown mean, where they do not say it themselves."""
 

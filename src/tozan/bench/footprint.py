@@ -1,0 +1,58 @@
+"""What a rank takes of memory beside its tensors: libraries, Python's objects, buffers of theirs.
+
+Measured as a run would: fresh processes, started by torchrun, take real steps of a tiny model.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tozan.bench import step
+from tozan.comm.launch import join
+from tozan.config import load
+from tozan.ops import native
+from tozan.train.split import mesh_layout
+
+TINY = (
+    *("--version=1", "--data.path=random", "--train.steps=2", "--train.micro_batch=1", "--train.accumulate=1"),
+    *("--model.layers=2", "--model.width=128", "--model.heads=2", "--model.sequence=128"),
+    "--model.vocabulary=1024",
+)
+"""A model whose tensors are no matter."""
+
+
+def measure(ranks: int) -> float:
+    """Bytes: the largest resident set of the fullest of `ranks` processes, less what its tensors ever took.
+
+    Without an arena for tensors (`ops.native`), the few that there are count, too.
+
+    Raises:
+        subprocess.CalledProcessError: a rank failed.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    with tempfile.TemporaryDirectory(prefix="tozan-bench-") as folder:
+        command = [sys.executable, *launcher, "-m", "tozan.bench.footprint", str(ranks), folder]
+        subprocess.run(command, check=True, capture_output=True)
+        return max(float(json.loads(path.read_text(encoding="utf-8"))) for path in Path(folder).glob("*.json"))
+
+
+def main(ranks: int, folder: Path) -> None:
+    """Be one of the ranks."""
+    config = load(None, [*TINY, f"--layout.data={ranks}"]).config
+    with join(mesh_layout(config)) as mesh:
+        run = step.assemble(config, folder, mesh)
+        for _ in range(config.train.steps):
+            step.lap(run)
+        # Not getrusage: what that counts begins with the memory of the process that started this one.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        tensors = native.arena_bytes()
+        (folder / f"{mesh.rank}.json").write_text(json.dumps(peak - (tensors[2] if tensors else 0)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
