@@ -19,7 +19,7 @@ from single_node import tozan_run, tozan_step
 
 from tozan.ops import attention, cross_entropy, gelu, native, swiglu
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+PRODUCTS = {"tozan::product", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 
 
 def compare(name: str, work: Callable[[], object], repeats: int = 15) -> None:

@@ -1,10 +1,11 @@
-"""Linear layers whose weight gradient waits: the bits of nn.Linear, and nothing in `.grad` before its time."""
+"""Linear layers whose weight gradient waits: the bits of one that does not, and nothing in `.grad` before its time."""
 
 import pytest
 import torch
 from torch import nn
 
 from tozan.comm import Axis
+from tozan.models.layers import Linear
 from tozan.parallel.summa import Grid
 from tozan.parallel.tensor_2d import SummaLinear
 from tozan.parallel.weight_gradients import WeightGradients
@@ -12,20 +13,21 @@ from tozan.parallel.weight_gradients import WeightGradients
 
 def twins(bias):
     torch.manual_seed(1)
-    one = nn.Linear(24, 40, bias=bias)
-    other = nn.Linear(24, 40, bias=bias)
+    one = Linear(24, 40, bias=bias)
+    other = Linear(24, 40, bias=bias)
     other.load_state_dict(one.state_dict())
     return one, other
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bits_of_linear_whether_it_waits_or_not(bias, autocast):
+@pytest.mark.parametrize("tokens", [7, 10])  # too few for a product of tozan's own, and enough
+def test_bits_of_linear_whether_it_waits_or_not(bias, autocast, tokens):
     plain, waiting = twins(bias)
     gradients = WeightGradients()
     gradients.bind(nn.ModuleList([waiting]))
     for step, waits in enumerate((True, False, True)):
-        x = torch.randn(3, 7, 24)
+        x = torch.randn(3, tokens, 24)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             outputs = [layer(each * 1.0) for layer, each in zip((plain, waiting), inputs, strict=True)]

@@ -1,18 +1,18 @@
 """The rate of every matrix product of a training step: forward and both gradients, by precision, threads and split.
 
 Operands are random (matrix units run faster on zeros), and each product is called as the trainer calls it:
-`F.linear(x, w)` forward, `dy @ w` for the input's gradient, `dy.T @ x` for the weight's, `torch.bmm` in attention.
+`ops.product` of x and wᵀ forward, of dy and w for the input's gradient, of dyᵀ and x for the weight's; `torch.bmm` in
+attention.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tozan.bench import measure
@@ -25,6 +25,7 @@ from tozan.models.layers import BLOCKED_FROM
 from tozan.models.products import Product, other_flops, products
 from tozan.ops.attention import query_blocks
 from tozan.ops.cross_entropy import chunk_tokens
+from tozan.ops.products import product, usable
 from tozan.planner.sizes import find_shape
 from tozan.train import machine
 
@@ -94,7 +95,7 @@ def run(work: Work) -> Result:
     machine.prepare(None, deterministic=False)
     rows: list[Row] = []
     peaks: dict[str, Peak] = {}
-    for precision, threads in product(work.precisions, work.threads):
+    for precision, threads in itertools.product(work.precisions, work.threads):
         with measure.threads(threads):
             peak = measure.peaks([precision])[precision]
             found = [(tensor, *one) for tensor in work.tensor for one in _rates(work, tensor, precision)]
@@ -149,13 +150,18 @@ def call(one: Product, dtype: torch.dtype) -> Callable[[], Tensor]:
         return torch.randn(size, generator=generator).to(dtype)
 
     if one.form == "nt":
-        a, b = operand(one.m, one.k), operand(one.n, one.k)
-        return (lambda: F.linear(a, b)) if one.batch == 1 else (lambda: torch.bmm(a, b.transpose(1, 2)))
-    if one.form == "nn":
+        a, b = operand(one.m, one.k), operand(one.n, one.k).transpose(-2, -1)
+    elif one.form == "nn":
         a, b = operand(one.m, one.k), operand(one.k, one.n)
-        return lambda: torch.matmul(a, b)
-    a, b = operand(one.k, one.m), operand(one.k, one.n)
-    return lambda: torch.matmul(a.transpose(-2, -1), b)
+    else:
+        a, b = operand(one.k, one.m).transpose(-2, -1), operand(one.k, one.n)
+    if one.batch > 1:
+        return lambda: torch.bmm(a, b)
+    tokens, result = (one.k, torch.float32) if one.form == "tn" else (one.m, dtype)
+    if usable(dtype, tokens, a, b):  # then fp32 weights are taken as they are, and their gradients made in fp32
+        b = b if one.form == "tn" else b.float()
+        return lambda: product(a, b, dtype, result, rows=tokens)
+    return lambda: torch.mm(a, b)
 
 
 def _rates(work: Work, tensor: int, precision: str) -> Iterator[tuple[Product, float, list[float]]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tozan.bench.measure import times
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import Attention
+from tozan.models.layers import Attention, Linear
 from tozan.ops import gelu, linear_cross_entropy, swiglu
 from tozan.optim.adamw import AdamW
 from tozan.optim.gradients import norm_of_sums, scale_gradients, squares_of, sums_of_squares
@@ -148,7 +148,7 @@ def _passes(seconds: float, dtype: torch.dtype | None, forward: Callable[[], Ten
 
 def _linear(dtype: torch.dtype | None, seconds: float, tokens: int, inputs: int, outputs: int) -> Times:
     """A linear layer: casts of weight and input, product, bias; two products, their casts, adding to `.grad`."""
-    layer = nn.Linear(inputs, outputs)
+    layer = Linear(inputs, outputs)
     source = torch.randn(tokens, inputs).to(dtype or torch.float32).requires_grad_()
     return _passes(seconds, dtype, lambda: layer(source), source)
 

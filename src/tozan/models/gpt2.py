@@ -6,12 +6,11 @@ Shapes: B samples, T tokens, D width, F inner width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import Attention, Cache, Past
-from tozan.ops import gelu, linear_cross_entropy
+from tozan.models.layers import Attention, Cache, Linear, Past
+from tozan.ops import gelu, linear, linear_cross_entropy
 
 ROLES = {
     "embed": "vocab",
@@ -33,8 +32,8 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.fc = nn.Linear(shape.width, shape.mlp_width)
-        self.proj = nn.Linear(shape.mlp_width, shape.width)
+        self.fc = Linear(shape.width, shape.mlp_width)
+        self.proj = Linear(shape.mlp_width, shape.width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """From what `fc` returned, (B, T, F), to (B, T, D)."""
@@ -87,7 +86,7 @@ class GPT2(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width, shape.norm_eps)
-        self.head = None if shape.tied else nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.head = None if shape.tied else Linear(shape.width, shape.vocabulary, bias=False)
 
     def embed_tokens(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Token and position embeddings: (B, T) int64, whose first token stands at `start`, to (B, T, D)."""
@@ -106,7 +105,7 @@ class GPT2(nn.Module):
         x = self.norm(x)
         weight: Tensor = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
-            return F.linear(x, weight)
+            return linear(x, weight)
         return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tozan.models.arithmetic import Shape
-from tozan.ops import causal_attention
+from tozan.ops import causal_attention, linear
 
 BLOCKED_FROM = 128
 """Tokens from which attention in blocks was measured to be faster than PyTorch's kernel on CPUs, in bf16."""
@@ -101,6 +101,14 @@ class Rotary(nn.Module):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer that makes its products by `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out)."""
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention, with as many key/value heads as the shape says (grouped-query, arXiv 2305.13245).
 
@@ -115,8 +123,8 @@ class Attention(nn.Module):
         self.head_size = shape.head_size
         self.group = shape.heads // shape.kv_heads
         self.rotary = rotary
-        self.qkv = nn.Linear(shape.width, shape.width + 2 * shape.kv_width, bias=bias)
-        self.proj = nn.Linear(shape.width, shape.width, bias=bias)
+        self.qkv = Linear(shape.width, shape.width + 2 * shape.kv_width, bias=bias)
+        self.proj = Linear(shape.width, shape.width, bias=bias)
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
 
     def forward(self, qkv: Tensor, past: Past | None = None) -> Tensor:

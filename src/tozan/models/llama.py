@@ -5,12 +5,11 @@ Shapes: B samples, T tokens, D width, K·S width of all keys, F inner width of t
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import Attention, Cache, Past, Rotary
-from tozan.ops import linear_cross_entropy, swiglu
+from tozan.models.layers import Attention, Cache, Linear, Past, Rotary
+from tozan.ops import linear, linear_cross_entropy, swiglu
 
 ROLES = {
     "embed": "vocab",
@@ -32,9 +31,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.gate = nn.Linear(shape.width, shape.mlp_width, bias=False)
-        self.up = nn.Linear(shape.width, shape.mlp_width, bias=False)
-        self.down = nn.Linear(shape.mlp_width, shape.width, bias=False)
+        self.gate = Linear(shape.width, shape.mlp_width, bias=False)
+        self.up = Linear(shape.width, shape.mlp_width, bias=False)
+        self.down = Linear(shape.mlp_width, shape.width, bias=False)
 
     def leave(self, gate: Tensor, up: Tensor) -> Tensor:
         """From what `gate` and `up` returned, each (B, T, F), to (B, T, D)."""
@@ -87,7 +86,7 @@ class Llama(nn.Module):
         rotary = Rotary(shape.head_size, shape.sequence, shape.rope_base)
         self.blocks = nn.ModuleList(Block(shape, rotary) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, shape.norm_eps)
-        self.head = None if shape.tied else nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.head = None if shape.tied else Linear(shape.width, shape.vocabulary, bias=False)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token embeddings: (B, T) int64 to (B, T, D). Positions enter in attention."""
@@ -105,7 +104,7 @@ class Llama(nn.Module):
         x = self.norm(x)
         weight: Tensor = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
-            return F.linear(x, weight)
+            return linear(x, weight)
         return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -3,14 +3,18 @@
 from tozan.ops.activations import gelu, gelu_reference, swiglu, swiglu_reference
 from tozan.ops.attention import causal_attention, causal_attention_reference
 from tozan.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from tozan.ops.products import linear, product, product_reference
 
 __all__ = [
     "causal_attention",
     "causal_attention_reference",
     "gelu",
     "gelu_reference",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "product",
+    "product_reference",
     "swiglu",
     "swiglu_reference",
 ]

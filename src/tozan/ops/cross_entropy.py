@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tozan.ops import native
+from tozan.ops.products import compute_dtype, product, usable
 
 IGNORE = -100
 """The target of a token that is left out of the loss (PyTorch's own convention)."""
@@ -61,10 +62,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Raises:
         RuntimeError: a target is outside the vocabulary and not -100.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dtype != torch.float64 and x.dtype == torch.float64:
-        dtype = torch.float64  # autocast leaves fp64 alone
+    dtype = compute_dtype(x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(x, weight, targets, dtype)  # type: ignore[no-any-return, no-untyped-call]
     with torch.no_grad():
@@ -79,22 +77,23 @@ def _pass(
     gradient_dtype = accumulate if dtype == torch.float16 else dtype
     loss = torch.empty(x.shape[0], dtype=accumulate, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        weight = weight.to(dtype)
-        weight_again = weight.to(gradient_dtype)
         chunk = chunk_tokens(x.shape[0], weight.shape[0])
+        if not usable(dtype, chunk, x, weight):  # then it is cast once, not in every chunk
+            weight = weight.to(dtype)
+        weight_again = weight.to(gradient_dtype) if dtype == torch.float16 else weight
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             tokens = x[rows].to(dtype)
-            logits = F.linear(tokens, weight)
+            logits = product(tokens, weight.T, dtype)
             if dx is None and dweight is None:
                 _losses(logits, targets[rows], loss[rows], None)
                 continue
             gradient = logits if gradient_dtype == dtype else torch.empty_like(logits, dtype=gradient_dtype)
             _losses(logits, targets[rows], loss[rows], gradient)
             if dx is not None:
-                dx[rows] = gradient @ weight_again
+                dx[rows] = product(gradient, weight_again, gradient_dtype, accumulate)
             if dweight is not None:
-                dweight += gradient.T @ tokens.to(gradient_dtype)
+                product(gradient.T, tokens.to(gradient_dtype), gradient_dtype, into=dweight)
     return loss.sum()
 
 

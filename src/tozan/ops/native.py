@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp`, and `arena.cpp`, for this processor at first use and keeps them in the user's cache folder.
+"""Compiles `kernels.cpp`, `gemm.cpp` and `arena.cpp` for this processor at first use and keeps them in a cache folder.
 
 The folder is `$XDG_CACHE_HOME/tozan/kernels` (else `~/.cache/…`), closed to other users: what lies there is code that
 this process runs. A library's name is a hash of source, flags and processor, and it appears there by a rename, so a
@@ -31,11 +31,15 @@ from torch import Tensor
 Choice = Literal["auto", "plain"]
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+PRODUCTS_SOURCE = Path(__file__).with_name("gemm.cpp")
 ARENA_SOURCE = Path(__file__).with_name("arena.cpp")
 COMPILED = "compiled for this processor"
 ARENA = "an arena of their own"
 PATIENCE = 120.0
 """Seconds that a process waits for another's compiler before it starts its own."""
+
+PRODUCTS = ("fff", "bfb", "bff", "bbb", "bbf")
+"""Matrix products that there are kernels for: types of both operands and of the result, fp32 or bf16."""
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _chosen: Choice = "auto"
@@ -80,6 +84,43 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None
     function(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
+def products_pay() -> bool:
+    """Whether matrix products have kernels on this processor that are faster than PyTorch's libraries."""
+    library = _products()
+    return library is not None and bool(library.gemm_pays())
+
+
+def product(variant: str, a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None, *, add: bool) -> None:
+    """Writes A · B + bias into y, or adds it.
+
+    Args:
+        variant: one of `PRODUCTS`.
+        a: (m, k), of any strides of which one is 1.
+        b: (k, n), likewise.
+        y: (m, n), contiguous.
+        bias: (n,) in fp32.
+        add: to what y holds, which must be fp32.
+    """
+    library = _products()
+    assert library is not None
+    strides = (*a.stride(), *b.stride())
+    operands = [ctypes.c_void_p(t.data_ptr()) for t in (a, b)]
+    with _noted("tozan::product"):
+        library[f"gemm_{variant}"](
+            *operands,
+            *map(ctypes.c_long, (*strides, a.shape[0], b.shape[1], a.shape[1])),
+            _argument(y),
+            _argument(bias),
+            ctypes.c_long(add),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+
+
+def _noted(name: str) -> contextlib.AbstractContextManager[object]:
+    """Shows a kernel to PyTorch's profiler, if that is at work."""
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext()
+
+
 def _argument(value: Tensor | int | None) -> object:
     if isinstance(value, Tensor):
         assert value.is_contiguous(), value.stride()
@@ -91,6 +132,13 @@ def _argument(value: Tensor | int | None) -> object:
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The kernels, or why there are none."""
     return _library(SOURCE)
+
+
+@functools.cache
+def _products() -> ctypes.CDLL | None:
+    """The library of matrix products, if it can be compiled and this processor has the instructions."""
+    library = _library(PRODUCTS_SOURCE)[0]
+    return library if hasattr(library, "gemm_pays") else None
 
 
 def arena() -> str:

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from tozan.comm import Axis, Mesh, functions
 from tozan.layout import Role, split
+from tozan.ops import linear, product
+from tozan.ops.products import compute_dtype
 from tozan.parallel.scheme import Parameters
 from tozan.parallel.sequence import SequencePosition, check_tokens
-from tozan.parallel.vocabulary import compute_dtype, sharded_cross_entropy
+from tozan.parallel.vocabulary import sharded_cross_entropy
 
 TOKENS = 1
 """The dim of (B, T, D) that sequence parallelism shards."""
@@ -71,7 +73,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.weight = parameters["weight"]
         self.bias = parameters.get("bias")
-        self.product: Callable[..., Tensor] = F.linear
+        self.product: Callable[..., Tensor] = linear
         self._enter = enter
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight = parameters["weight"]
         self.bias = parameters.get("bias")
-        self.product: Callable[..., Tensor] = F.linear
+        self.product: Callable[..., Tensor] = linear
         self._axis, self._sequence = axis, sequence
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,15 +143,15 @@ class VocabularyProducts:
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """X·Wᵀ with this rank's rows of W."""
-        return F.linear(x, weight)
+        return product(x, weight.T, x.dtype)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """This rank's part of G·W; the entrance of X sums the parts."""
-        return gradient @ weight
+        return product(gradient, weight, gradient.dtype)
 
     def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Gᵀ·X, complete."""
-        return gradient.T @ x
+        return product(gradient.T, x, gradient.dtype)
 
 
 class Tensor1D:
@@ -197,7 +199,7 @@ class Tensor1D:
         """Loss without gathering logits; logits gathered (see `Scheme.output`)."""
         x = self._enter(x)
         if targets is None:
-            return functions.gather_from(F.linear(x, weight), self.axis, dim=-1, name="logits")
+            return functions.gather_from(linear(x, weight), self.axis, dim=-1, name="logits")
         head = VocabularyProducts(self.axis)
         return sharded_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), head, vocabulary)
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from tozan.comm import Axis, Mesh, functions
 from tozan.errors import Problem, UserError
 from tozan.layout import Role
+from tozan.ops.products import compute_dtype
 from tozan.parallel.norms import ShardedNorm
 from tozan.parallel.scheme import Parameters
 from tozan.parallel.summa import Grid, product_nn, product_nt, product_tn, summa, summa_nt
-from tozan.parallel.vocabulary import compute_dtype, sharded_cross_entropy
+from tozan.parallel.vocabulary import sharded_cross_entropy
 
 SAMPLES, WIDTH = 0, -1
 """The dims of (B, T, D) that are sharded."""

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tozan.comm import Axis, collectives
 from tozan.ops.cross_entropy import IGNORE
+from tozan.ops.products import compute_dtype
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that a rank holds at a time (64 MiB in fp32)."""
@@ -38,14 +39,6 @@ class Head(Protocol):
 
     def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Gᵀ·X: the gradient of W."""
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that a matrix product of `x` runs in: autocast's if it is on (it leaves fp64 alone), else its own."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def sharded_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, head: Head, vocabulary: int) -> Tensor:

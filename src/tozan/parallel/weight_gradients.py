@@ -13,27 +13,30 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tozan.ops import products
+from tozan.ops.products import bias_gradient, compute_dtype
 from tozan.parallel.summa import Grid, product_nn, product_nt, product_tn
 from tozan.parallel.tensor_1d import ColumnParallelLinear, RowParallelLinear
 from tozan.parallel.tensor_2d import SummaLinear
-from tozan.parallel.vocabulary import compute_dtype
 
 
 class Products(Protocol):
-    """The three products of a linear layer, none of which tracks gradients; x and dy are (N, ·)."""
+    """The three products of a linear layer, none of which tracks gradients; x is (…, in), dy (N, out).
+
+    x and dy are in the compute type, weight and bias may be in another.
+    """
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + b."""
 
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy·W."""
+    def input_gradient(self, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """dy·W in the type `dtype`."""
 
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dyᵀ·x."""
+    def weight_gradient(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """dyᵀ·x in the type `dtype`."""
 
 
 class LocalProducts:
@@ -41,15 +44,15 @@ class LocalProducts:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + b."""
-        return F.linear(x, weight, bias)
+        return products.forward(x, weight, bias, x.dtype)
 
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+    def input_gradient(self, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """dy·W."""
-        return dy @ weight
+        return products.input_gradient(dy, weight, dy.dtype, dtype)
 
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """dyᵀ·x."""
-        return dy.T @ x
+        return products.weight_gradient(dy, x, dy.dtype, dtype)
 
 
 class SummaProducts:
@@ -60,16 +63,16 @@ class SummaProducts:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + b."""
-        y = product_nn(x, weight.T, self._grid)
-        return y if bias is None else y + bias
+        y = product_nn(x, weight.to(x.dtype).T, self._grid)
+        return y if bias is None else y + bias.to(x.dtype)
 
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+    def input_gradient(self, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """dy·W."""
-        return product_nt(dy, weight.T, self._grid)
+        return product_nt(dy, weight.to(dy.dtype).T, self._grid).to(dtype)
 
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """dyᵀ·x."""
-        return product_tn(x, dy, self._grid).T
+        return product_tn(x, dy, self._grid).T.to(dtype)
 
 
 LOCAL = LocalProducts()
@@ -143,7 +146,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.leaf = weight
         with torch.autocast(x.device.type, enabled=False):
-            return products.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return products.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -151,13 +154,13 @@ class _Linear(torch.autograd.Function):
         """The input's gradient, and the weight's unless it waits."""
         x, weight = ctx.saved_tensors
         dy = gradients[0].flatten(0, -2)
-        dx = ctx.products.input_gradient(dy, weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
-        db = None if ctx.bias_dtype is None else dy.sum(0).to(ctx.bias_dtype)
+        dx = ctx.products.input_gradient(dy, weight, ctx.x_dtype).view(x.shape)
+        db = None if ctx.bias_dtype is None else bias_gradient(dy, ctx.bias_dtype)
         leaf, products = ctx.leaf, ctx.products
 
         def product() -> Tensor:
-            made: Tensor = products.weight_gradient(dy, x.flatten(0, -2))
-            return made.to(weight.dtype)
+            made: Tensor = products.weight_gradient(dy, x.flatten(0, -2), weight.dtype)
+            return made
 
         def later() -> None:
             torch.autograd.backward(leaf, product())  # adds to `.grad`, and calls whoever waits for it
