@@ -19,6 +19,7 @@ namespace {
 
 constexpr long ROWS = 12, COLUMNS = 32;          // of a tile: 24 of 32 registers hold it
 constexpr long BLOCK_BYTES = 384 << 10;          // of A's panels that stay in the second-level cache together
+constexpr long DEPTH = 768;                      // words along k that panels have at most, if sums can wait
 constexpr long PACKED_BYTES = 16 << 20;          // of B's panels at once
 
 struct bf16 {
@@ -26,7 +27,7 @@ struct bf16 {
 };
 
 // The first `count` lanes.
-inline __mmask16 lanes(long count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
+inline __mmask16 lanes(long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 inline __mmask32 lanes32(long count) { return count >= 32 ? 0xffffffff : (1u << count) - 1; }
 
 // `count` (at most 16) elements from p on, as bf16 in the lower half of a word each; the others are 0.
@@ -53,10 +54,7 @@ struct Words<float, float> {
 template <class Element>
 struct Words<bf16, Element> {
     static constexpr long EACH = 2;
-    static __m512i along(const Element* p, long count) {
-        const __m512i first = halves(p, std::min(count, 16L)), second = halves(p + 16, std::max(count - 16, 0L));
-        return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)), _mm512_cvtepi32_epi16(second), 1);
-    }
+    static __m512i along(const Element* p, long count);
     static __m512i across(const Element* p, long stride, long left, long count) {
         const __m512i low = halves(p, count), high = left > 1 ? halves(p + stride, count) : _mm512_setzero_si512();
         return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
@@ -68,24 +66,35 @@ inline __m512i Words<bf16, bf16>::along(const bf16* p, long count) {
     return _mm512_maskz_loadu_epi16(lanes32(count), p);
 }
 
+template <>
+inline __m512i Words<bf16, float>::along(const float* p, long count) {
+    const __m512 first = _mm512_maskz_loadu_ps(lanes(count), p), second = _mm512_maskz_loadu_ps(lanes(count - 16), p + 16);
+    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+}
+
 // Transposes 16 × 16 words.
 inline void transpose(__m512i r[16]) {
     __m512i t[16];
+#pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
         r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
         r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
         r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
         for (int half = 0; half < 16; half += 8) {
             t[half + i] = _mm512_shuffle_i32x4(r[half + i], r[half + i + 4], 0x88);
             t[half + i + 4] = _mm512_shuffle_i32x4(r[half + i], r[half + i + 4], 0xdd);
         }
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
         r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
@@ -99,34 +108,43 @@ struct Operand {
     long step, stride;
 };
 
-// Packs vectors `first` … `first + count` into panels of WIDTH: of a panel, WIDTH words for each word along k.
+// Packs vectors `first` … `first + count`, from word `start` on along k, into panels of WIDTH: of a panel, WIDTH words
+// for each of `words` along k. What lies beyond the operand's edges becomes 0.
 template <class Word, long WIDTH, class Element>
-void pack(Operand<Element> from, long first, long count, long k, uint32_t* to) {
+void pack(Operand<Element> from, long first, long count, long start, long words, long k, uint32_t* to) {
     using W = Words<Word, Element>;
-    const long words = (k + W::EACH - 1) / W::EACH;
-    if (from.step == 1 && from.stride != 1) {  // neighbours along k lie a row apart
-        for (long l = 0; l < words; ++l) {
-            const Element* row = from.p + first + l * W::EACH * from.stride;
+    const long left = k - start * W::EACH;
+    const Element* corner = from.p + first * from.step + start * W::EACH * from.stride;
+    if (from.step == 1) {  // neighbours along k lie a row apart: a few rows at a time, which stay in cache
+        for (long upper = 0; upper < words; upper += 32)
             for (long i = 0; i < count; i += WIDTH)
                 for (long j = 0; j < WIDTH; j += 16) {
-                    const long left = std::min(std::min(count - i - j, WIDTH - j), 16L);
-                    const __m512i v = W::across(row + i + j, from.stride, k - l * W::EACH, std::max(left, 0L));
-                    _mm512_mask_storeu_epi32(to + i * words + l * WIDTH + j, lanes(WIDTH - j), v);
+                    const long here = std::min(count - i, WIDTH) - j;
+                    const __mmask16 mask = lanes(WIDTH - j);
+                    const Element* row = corner + i + j + upper * W::EACH * from.stride;
+                    uint32_t* target = to + i * words + upper * WIDTH + j;
+                    for (long l = upper; l < std::min(upper + 32, words); ++l, target += WIDTH) {
+                        _mm512_mask_storeu_epi32(target, mask, W::across(row, from.stride, left - l * W::EACH, here));
+                        row += W::EACH * from.stride;
+                    }
                 }
-        }
         return;
     }
     for (long i = 0; i < count; i += WIDTH)
         for (long j = 0; j < WIDTH; j += 16) {
-            const long rows = std::min(std::min(count - i - j, WIDTH - j), 16L);
-            for (long l = 0; l < words; l += 16) {
+            const long rows = std::min(count - i, WIDTH) - j;
+            const Element* row = corner + (i + j) * from.step;
+            uint32_t* target = to + i * words + j;
+            for (long l = 0; l < words; l += 16, row += 16 * W::EACH, target += 16 * WIDTH) {
                 __m512i r[16];
+#pragma GCC unroll 16
                 for (long n = 0; n < 16; ++n)
-                    r[n] = n < rows ? W::along(from.p + (first + i + j + n) * from.step + l * W::EACH, k - l * W::EACH)
-                                    : _mm512_setzero_si512();
+                    r[n] = n < rows ? W::along(row + n * from.step, left - l * W::EACH) : _mm512_setzero_si512();
                 transpose(r);
-                for (long n = 0; n < std::min(words - l, 16L); ++n)
-                    _mm512_mask_storeu_epi32(to + i * words + (l + n) * WIDTH + j, lanes(WIDTH - j), r[n]);
+                const long whole = std::min(words - l, 16L);
+#pragma GCC unroll 16
+                for (long n = 0; n < 16; ++n)
+                    if (n < whole) _mm512_mask_storeu_epi32(target + n * WIDTH, lanes(WIDTH - j), r[n]);
             }
         }
 }
@@ -143,27 +161,21 @@ inline void put(bf16* p, __mmask16 mask, __m512 x) {
     _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// What is added to the sums: a bias for each column, and what is there.
-struct Ending {
-    const float* bias;
-    bool add;
-};
+inline __m512 get(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 get(const bf16*, __mmask16) { return _mm512_setzero_ps(); }  // only fp32 is added to
 
-inline __m512 end(__m512 sum, const float* bias, const float* there, __mmask16 mask) {
-    if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias));
-    if (there) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, there));
-    return sum;
-}
-inline const float* there(const float* p) { return p; }
-inline const float* there(const bf16*) { return nullptr; }  // only fp32 is added to
-
-// One tile: `rows` × `columns` of the result from a panel of A and one of B.
+// One tile: `rows` × `columns` of the result from a panel of A and one of B, beginning with what is there (`add`) or
+// with 0, and with the bias of each column added at the end, unless it is null.
 template <class Word, class Result>
 void tile(long words, const uint32_t* a, const uint32_t* b, Result* c, long ldc, long rows, long columns,
-          const float* bias, const Ending& ending) {
+          const float* bias, bool add) {
+    const __mmask16 inside[2] = {lanes(columns), lanes(columns - 16)};
     __m512 sums[ROWS][2];
 #pragma GCC unroll 12
-    for (long i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    for (long i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j)
+            sums[i][j] = add && i < rows ? get(c + i * ldc + 16 * j, inside[j]) : _mm512_setzero_ps();
     for (long l = 0; l < words; ++l, a += ROWS, b += COLUMNS) {
         const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 16);
 #pragma GCC unroll 12
@@ -172,17 +184,13 @@ void tile(long words, const uint32_t* a, const uint32_t* b, Result* c, long ldc,
             sums[i][1] = multiply_add(sums[i][1], a[i], right, Word{});
         }
     }
-    const __mmask32 inside = lanes32(columns);
 #pragma GCC unroll 12
-    for (long i = 0; i < ROWS; ++i) {
-        if (i >= rows) break;
+    for (long i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
-            const __mmask16 mask = inside >> 16 * j;
-            Result* p = c + i * ldc + 16 * j;
-            put(p, mask, end(sums[i][j], bias ? bias + 16 * j : nullptr, ending.add ? there(p) : nullptr, mask));
+            if (bias) sums[i][j] = _mm512_add_ps(sums[i][j], get(bias + 16 * j, inside[j]));
+            if (i < rows) put(c + i * ldc + 16 * j, inside[j], sums[i][j]);
         }
-    }
 }
 
 // A thread's room for panels, which it keeps: what is given back to the system is costly to get again.
@@ -216,41 +224,44 @@ inline long threads_along_rows(long row_panels, long column_panels, long threads
 }
 
 template <class Word, class EA, class EB, class Result>
-void gemm(Operand<EA> a, Operand<EB> b, Result* c, long m, long n, long k, Ending ending, int threads) {
-    const long words = (k + Words<Word, EA>::EACH - 1) / Words<Word, EA>::EACH;
-    const long row_panels = panels(m, ROWS);
-    const long at_once = std::max(1L, PACKED_BYTES / (words * COLUMNS * 4));
-    const long rows_at_once = std::max(1L, BLOCK_BYTES / (words * ROWS * 4));
-    uint32_t* packed_b = room_for_b.get(std::min(at_once, panels(n, COLUMNS)) * COLUMNS * words);
-    for (long start = 0; start < n; start += at_once * COLUMNS) {
-        const long width = std::min(n - start, at_once * COLUMNS), column_panels = panels(width, COLUMNS);
-        const long along = threads_along_rows(row_panels, column_panels, threads);
+void gemm(Operand<EA> a, Operand<EB> b, Result* c, long m, long n, long k, const float* bias, bool add, int threads) {
+    const long each = Words<Word, EA>::EACH, all_words = (k + each - 1) / each, row_panels = panels(m, ROWS);
+    // Sums wait in memory for the next part of k, if they are fp32 there.
+    const long depth = sizeof(Result) == 4 ? std::min(all_words, DEPTH) : all_words;
+    const long at_once = std::max(1L, PACKED_BYTES / (depth * COLUMNS * 4));
+    const long rows_at_once = std::max(1L, BLOCK_BYTES / (depth * ROWS * 4));
+    uint32_t* packed_b = room_for_b.get(std::min(at_once, panels(n, COLUMNS)) * COLUMNS * depth);
+    for (long left = 0; left < n; left += at_once * COLUMNS)
+        for (long start = 0; start < all_words; start += depth) {
+            const long width = std::min(n - left, at_once * COLUMNS), column_panels = panels(width, COLUMNS);
+            const long words = std::min(all_words - start, depth);
+            const long along = threads_along_rows(row_panels, column_panels, threads), across = threads / along;
+            const bool last = start + words == all_words;
 #pragma omp parallel num_threads(threads)
-        {
+            {
 #pragma omp for schedule(static)
-            for (long j = 0; j < column_panels; ++j)
-                pack<Word, COLUMNS>(b, start + j * COLUMNS, std::min(width - j * COLUMNS, COLUMNS), k,
-                                    packed_b + j * COLUMNS * words);
-            uint32_t* packed_a = room_for_a.get((rows_at_once * ROWS * words + 15) / 16 * 16);
+                for (long j = 0; j < column_panels; ++j)
+                    pack<Word, COLUMNS>(b, left + j * COLUMNS, std::min(width - j * COLUMNS, COLUMNS), start, words, k,
+                                        packed_b + j * COLUMNS * words);
+                uint32_t* packed_a = room_for_a.get((rows_at_once * ROWS * words + 15) / 16 * 16);
 #pragma omp for schedule(static)
-            for (long t = 0; t < threads; ++t) {
-                const long across = threads / along, r = t / across, s = t % across;
-                const long last = row_panels * (r + 1) / along, last_column = column_panels * (s + 1) / across;
-                for (long i = row_panels * r / along; i < last;) {
-                    const long blocks = panels(last - i, rows_at_once), here = panels(last - i, blocks);
-                    const long rows = std::min(m - i * ROWS, here * ROWS);
-                    pack<Word, ROWS>(a, i * ROWS, rows, k, packed_a);
-                    for (long j = column_panels * s / across; j < last_column; ++j)
-                        for (long p = 0; p < here; ++p)
-                            tile<Word>(words, packed_a + p * ROWS * words, packed_b + j * COLUMNS * words,
-                                       c + (i + p) * ROWS * n + start + j * COLUMNS, n,
-                                       std::min(rows - p * ROWS, ROWS), std::min(width - j * COLUMNS, COLUMNS),
-                                       ending.bias ? ending.bias + start + j * COLUMNS : nullptr, ending);
-                    i += here;
+                for (long t = 0; t < threads; ++t) {
+                    const long end = row_panels * (t / across + 1) / along;
+                    const long last_column = column_panels * (t % across + 1) / across;
+                    for (long i = row_panels * (t / across) / along, here; i < end; i += here) {
+                        here = panels(end - i, panels(end - i, rows_at_once));
+                        const long rows = std::min(m - i * ROWS, here * ROWS);
+                        pack<Word, ROWS>(a, i * ROWS, rows, start, words, k, packed_a);
+                        for (long j = column_panels * (t % across) / across; j < last_column; ++j)
+                            for (long p = 0; p < here; ++p)
+                                tile<Word>(words, packed_a + p * ROWS * words, packed_b + j * COLUMNS * words,
+                                           c + (i + p) * ROWS * n + left + j * COLUMNS, n,
+                                           std::min(rows - p * ROWS, ROWS), std::min(width - j * COLUMNS, COLUMNS),
+                                           bias && last ? bias + left + j * COLUMNS : nullptr, add || start);
+                    }
                 }
             }
         }
-    }
 }
 
 }  // namespace
@@ -260,7 +271,7 @@ void gemm(Operand<EA> a, Operand<EB> b, Result* c, long m, long n, long k, Endin
                                 long b_step, long m, long n, long k, void* c, const float* bias, long add,           \
                                 int threads) {                                                                       \
         gemm<WORD>(Operand<EA>{(const EA*)a, a_step, a_stride}, Operand<EB>{(const EB*)b, b_step, b_stride},         \
-                   (RESULT*)c, m, n, k, Ending{bias, add != 0}, threads);                                            \
+                   (RESULT*)c, m, n, k, bias, add != 0, threads);                                                    \
     }
 
 PRODUCT(fff, float, float, float, float)
