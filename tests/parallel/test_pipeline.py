@@ -212,9 +212,9 @@ def slow_blocks(schedule, count):
             return gradient
 
     class SlowProducts(weight_gradients.LocalProducts):
-        def weight_gradient(self, dy, x):
+        def weight_gradient(self, dy, x, dtype):
             time.sleep(unit / linears)
-            return super().weight_gradient(dy, x)
+            return super().weight_gradient(dy, x, dtype)
 
     ready._gradients.linear = partial(ready._gradients.linear, products=SlowProducts())
     next(iter(model.blocks)).register_forward_hook(lambda module, arguments, y: Sleep.apply(y))

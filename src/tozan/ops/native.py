@@ -118,7 +118,8 @@ def product(variant: str, a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None, 
 
 def _noted(name: str) -> contextlib.AbstractContextManager[object]:
     """Shows a kernel to PyTorch's profiler, if that is at work."""
-    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext()
+    profiling = torch.autograd.profiler._is_profiler_enabled
+    return torch.profiler.record_function(name) if profiling else contextlib.nullcontext()
 
 
 def _argument(value: Tensor | int | None) -> object:

@@ -61,6 +61,8 @@ class Device(_Table):
     """Bytes of memory a rank may use."""
     reserve: Annotated[float, Field(ge=0.0)] = 0.0
     """Bytes of it that the system, the libraries and fragmentation take."""
+    weight_copies: bool = True
+    """Whether mixed precision copies the weights; tozan's own products take fp32 ones as they are."""
     bandwidth: Above
     """Nominal bytes/s of that memory."""
     bandwidth_efficiency: Share = 0.8

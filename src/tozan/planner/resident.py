@@ -3,7 +3,7 @@
 Moments compete: the output head of the last micro-batch that is in flight, with all activations held; the launch of
 each unit of gradients; and the end of the backward pass, with every gradient there. Freed memory stays in the process
 (see `train.machine`), so the largest counts. Autocast makes a 16-bit copy of every weight in each micro-batch's forward
-pass, which its graph keeps.
+pass, which its graph keeps; where products are tozan's own there is none.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ def resident(trip: Trip, machine: Machine) -> dict[str, float]:
 
     Args:
         trip: the run.
-        machine: `device.reserve` is what a rank takes beside its tensors.
+        machine: `device.reserve` is what a rank takes beside its tensors, and `device.weight_copies` says whether mixed
+            precision copies weights.
     """
-    ends = (_rank(trip, trip.layout.rank(pp=stage)) for stage in {0, trip.layout.pp - 1})
+    copied = machine.device.weight_copies and trip.item != trip.state_item
+    ends = (_rank(trip, trip.layout.rank(pp=stage), copied) for stage in {0, trip.layout.pp - 1})
     found = max(ends, key=lambda parts: sum(parts.values()))
     return found | {"reserve": machine.device.reserve}
 
 
-def _rank(trip: Trip, rank: int) -> dict[str, float]:
+def _rank(trip: Trip, rank: int, copied: bool) -> dict[str, float]:
     """The categories of one rank."""
     here = trip.layout.coordinates(rank)
     sizes, sent = held(trip, here), _launches(trip, here)
@@ -48,11 +50,11 @@ def _rank(trip: Trip, rank: int) -> dict[str, float]:
     depth = _in_flight(trip, here["pp"])
     blocks = sum(1 for name in sizes if name.endswith("norm1.weight"))
     kept = depth * blocks / trip.chunks * _activations(trip, trip.recomputes(here["pp"]))
-    copies = 0.0 if trip.item == word else float(trip.item * sum(_matrices(sizes).values()))
+    copies = float(trip.item * sum(_matrices(sizes).values())) if copied else 0.0
     kept += (depth / trip.chunks if trip.recompute == "none" else 1) * copies
     table = word * float(sizes.get("embed.weight", 0))
     head_table = word * float(sizes.get("head.weight", sizes.get("embed.weight", 0)))
-    working = _head(trip, head_table) if here["pp"] == trip.layout.pp - 1 else 0.0
+    working = _head(trip, head_table, copied) if here["pp"] == trip.layout.pp - 1 else 0.0
     # ZeRO 3: two blocks are whole at once, and what lies outside of all blocks.
     whole = 2 * max(one.size for one in sent) + sum(one.size for one in sent if one.outside) if trip.zero == 3 else 0.0
     gradients, early = _gradients(trip, elements * word, sent, share)
@@ -173,7 +175,7 @@ def _activations(trip: Trip, recompute: str) -> float:
     return float(getattr(found, recompute))
 
 
-def _head(trip: Trip, table: float) -> float:
+def _head(trip: Trip, table: float, copied: bool) -> float:
     """Bytes of the output head and its loss: both gradients, the table's copy, and a chunk of logits."""
     shape, layout = trip.shape, trip.layout
     columns = shape.vocabulary // layout.sizes["tp_col"]
@@ -181,5 +183,5 @@ def _head(trip: Trip, table: float) -> float:
     width = shape.width // (layout.grid if layout.scheme != "1d" else 1)
     chunk = min(tokens * columns, LOGITS if layout.tp == 1 else SHARDED_LOGITS)
     logits = chunk * (trip.item if layout.tp == 1 else 2 * trip.state_item)
-    copy = table * trip.item / trip.state_item if trip.item != trip.state_item else 0.0
+    copy = table * trip.item / trip.state_item if copied else 0.0
     return table + 3 * tokens * width * trip.state_item + max(copy + logits + table, table)
