@@ -109,6 +109,7 @@ def _serve(pipe, rank, world_size, folder):
     import torch
     import torch.distributed as dist
 
+    from tozan.comm import gloo
     from tozan.train import machine
 
     torch.set_num_threads(1)
@@ -124,7 +125,7 @@ def _serve(pipe, rank, world_size, folder):
             return
         store = dist.FileStore(str(Path(folder) / f"store-{call}"), world_size)
         try:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            dist.init_process_group(gloo.backend(), store=store, rank=rank, world_size=world_size)
             result = function(*args)
             dist.barrier()
             dist.destroy_process_group()
@@ -133,7 +134,7 @@ def _serve(pipe, rank, world_size, folder):
             pipe.send(("error", traceback.format_exc()))
             if dist.is_initialized():
                 dist.destroy_process_group()
-        # Groups that are still in some cycle of references keep their threads, each of which wakes 100 times a second.
+        # Groups that are still in some cycle of references keep their threads.
         result = function = args = None
         gc.collect()
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tozan.comm import processor
+from tozan.comm import gloo, processor
 
 PRELOADED = ["torch", "torch.distributed", "tozan.bench.collectives", "tozan.bench.backends"]
 """What every rank would otherwise import for itself."""
@@ -53,7 +53,14 @@ def _serve(rank: int, ranks: int, folder: Path, cores: int, function: Function, 
 
 @contextmanager
 def group(
-    rank: int, ranks: int, folder: Path, name: str, *, interface: str = "lo", backend: str = "gloo", seconds: float = 60
+    rank: int,
+    ranks: int,
+    folder: Path,
+    name: str,
+    *,
+    interface: str = "lo",
+    backend: str | None = None,
+    seconds: float = 60,
 ) -> Iterator[None]:
     """The default process group inside the block, over one network interface.
 
@@ -63,13 +70,15 @@ def group(
         folder: seen by all ranks.
         name: of the group; each name once in a folder.
         interface: network interface that gloo sends through.
-        backend: PyTorch's name of it.
+        backend: PyTorch's name of it; by default the trainer's.
         seconds: that an operation may take.
     """
     os.environ["GLOO_SOCKET_IFNAME"] = interface
     method = f"file://{folder / name}"
     patience = timedelta(seconds=seconds)
-    dist.init_process_group(backend, init_method=method, rank=rank, world_size=ranks, timeout=patience)
+    dist.init_process_group(
+        backend or gloo.backend(), init_method=method, rank=rank, world_size=ranks, timeout=patience
+    )
     try:
         yield
     finally:

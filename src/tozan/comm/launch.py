@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from tozan.comm import binding, rendezvous
+from tozan.comm import binding, gloo, rendezvous
 from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
 from tozan.comm.mesh import Mesh
@@ -76,7 +76,8 @@ def join(
     # The heartbeat is patient enough for the message to come from here and not from gloo's own timeout.
     patience = timedelta(seconds=timeout_s + lost_after_s + 10)
     group = _part(raw, f"group {place.generation}")  # held until the end
-    dist.init_process_group("gloo", store=group, rank=place.rank, world_size=place.world_size, timeout=patience)
+    world = {"rank": place.rank, "world_size": place.world_size}
+    dist.init_process_group(gloo.backend(), store=group, timeout=patience, **world)
     everyone = _introduce(place, store)
     bound = _bind(place, everyone, threads)
     if place.local_rank == 0 or place.local_size <= 8:
