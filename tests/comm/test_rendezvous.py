@@ -2,7 +2,9 @@
 
 import secrets
 import shutil
+import socket
 import subprocess
+import threading
 from datetime import timedelta
 
 import pytest
@@ -10,7 +12,7 @@ from forked import Forked
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from tozan.comm import rendezvous
-from tozan.comm.rendezvous import Signed, serve
+from tozan.comm.rendezvous import Signed, ask, serve, sought
 
 
 @pytest.fixture
@@ -93,6 +95,24 @@ def start(folder, port, keys):
 
 def free_port() -> int:
     return serve("127.0.0.1", 0, one_machine=True)[0].port
+
+
+def test_who_comes_from_another_machine_shows_by_which_address_this_one_is_seen(monkeypatch):
+    """127.0.0.3 plays the other machine, and 127.0.0.2 the address that it knows."""
+    monkeypatch.setattr(rendezvous, "is_loopback", lambda address: address == "127.0.0.1")
+    listening, found = socket.create_server(("0.0.0.0", 0)), []
+    port = listening.getsockname()[1]
+    thread = threading.Thread(target=lambda: found.append(sought(listening, {"127.0.0.9"}, 10)))
+    thread.start()
+    for mine in ("127.0.0.1", "127.0.0.9", "127.0.0.3"):
+        with socket.create_connection(("127.0.0.2", port), source_address=(mine, 0)) as connection:
+            assert connection.recv(1) == b""
+    thread.join(10)
+    assert found == ["127.0.0.2"]
+    with pytest.raises(TimeoutError):
+        sought(socket.create_server(("127.0.0.1", 0)), set(), 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError, match="did not say"):
+        ask("127.0.0.1", silent.getsockname()[1], 0.05)
 
 
 @pytest.mark.skipif(shutil.which("ss") is None, reason="needs iproute2")

@@ -67,6 +67,8 @@ def test_a_lost_node_costs_a_few_steps_and_no_bit(configure, layout):
     hurt = path.with_suffix("")
     with hosts.several(2) as everyone:
         first, second = everyone
+        for host in everyone:  # so that a host cannot know by which address the other sees it
+            host.add_address("192.168.214.1")
         leading, following = agents(path, everyone, layout)
         wait_until(lambda: step(hurt) >= 20)
         for host in everyone:  # agents, their store, gloo: on the interface between the hosts, or on loopback

@@ -74,6 +74,13 @@ class Host:
                 text=True,
             )
 
+    def add_address(self, address: str) -> None:
+        """Give it an interface more, which leads nowhere."""
+        _ip("-n", self.space, "link", "add", "extra0", "type", "veth", "peer", "name", "extra1")
+        _ip("-n", self.space, "address", "add", f"{address}/24", "dev", "extra0")
+        for interface in ("extra0", "extra1"):
+            _ip("-n", self.space, "link", "set", interface, "up")
+
     def unplug(self) -> None:
         """Take the link down: packets vanish both ways and nobody is told."""
         _ip("-n", self.space, "link", "set", INTERFACE, "down")

@@ -15,6 +15,7 @@ size 1 everything is the identity. Axis indices (`source`, `to`) count along the
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -31,6 +32,8 @@ from tozan.layout import split
 
 CHUNK_BYTES = 4 << 20
 """Largest piece of a chunked all_to_all: several in flight fill the wire where one large one leaves it idle."""
+_ADVICE = re.compile(r"^\[/[^\]]*\] | This is typically.*")
+"""What gloo puts around the reason of an error: a line of its own source, and where to look."""
 
 
 class CommunicationError(RuntimeError):
@@ -91,7 +94,7 @@ def _explain(axis: Axis, entry: Entry | None, error: RuntimeError) -> RuntimeErr
         return error
     if axis.monitor is not None:
         axis.monitor.failed(str(entry))
-    reason = str(error).strip().splitlines()[0]
+    reason = _ADVICE.sub("", str(error).strip().splitlines()[0])
     return CommunicationError(f"{entry} failed: {reason}")
 
 

@@ -13,8 +13,9 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple
@@ -28,9 +29,9 @@ from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
 from tozan.comm.mesh import Mesh
 from tozan.comm.monitor import Monitor
-from tozan.comm.place import Place, address_towards, check, find, interface_to, is_loopback, outward
+from tozan.comm.place import Place, address_towards, called_loopback, check, find, interface_to, is_loopback, outward
 from tozan.comm.witness import Witness, space
-from tozan.errors import EXIT_LOST
+from tozan.errors import EXIT_LOST, Problem, UserError
 from tozan.layout import Layout
 
 
@@ -58,36 +59,28 @@ def join(
         The mesh. In a world of one there is no process group and nothing is bound.
 
     Raises:
-        UserError: the layout and the job differ in their numbers of ranks.
+        UserError: the layout and the job differ in their numbers of ranks; rank 0 cannot listen where it should.
     """
     place = place or find()
     check(layout.world_size, place)
     if place.world_size == 1:
         yield Mesh.create(layout)
         return
-    if place.local_size < place.world_size:
-        place = replace(place, master=outward(place.master))
-    raw = _meet(place, timeout_s)
-    # An agent's store outlives the ranks: what earlier ones have left there is not for these.
-    store = _part(raw, f"generation {place.generation}")
-    interface = _interface(place, store)
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # The heartbeat is patient enough for the message to come from here and not from gloo's own timeout.
-    patience = timedelta(seconds=timeout_s + lost_after_s + 10)
-    group = _part(raw, f"group {place.generation}")  # held until the end
-    world = {"rank": place.rank, "world_size": place.world_size}
-    dist.init_process_group(gloo.backend(), store=group, timeout=patience, **world)
-    everyone = _introduce(place, store)
+    place, store, _group, everyone = _gather(place, timeout_s)
     bound = _bind(place, everyone, threads)
     if place.local_rank == 0 or place.local_size <= 8:
         print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
-    monitor, witness = _monitor(place, timeout_s, lost_after_s).start(), _witness(place, store, everyone)
+    monitor = _monitor(place, timeout_s, lost_after_s).start()
+    witness = _witness(place, store, everyone, monitor)
+    # Longer than the heartbeat is patient, so that the message comes from there and not from gloo.
+    patience_s = timeout_s + lost_after_s + 10
     try:
-        yield Mesh.create(layout, timeout_s=patience.total_seconds(), debug=debug, monitor=monitor)
+        yield Mesh.create(layout, timeout_s=patience_s, debug=debug, monitor=monitor)
     except CommunicationError as error:
         monitor.fall_silent()
         witness.tell(error)
+        if place.rank == 0 and not place.hosted:  # and holds the store: the others look there
+            time.sleep(lost_after_s / 3)
         os._exit(EXIT_LOST)
     except BaseException as error:
         monitor.stop(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -95,6 +88,49 @@ def join(
     _leave(place, store)
     monitor.stop()
     dist.destroy_process_group()
+
+
+def _gather(place: Place, timeout_s: float) -> tuple[Place, Store, Store, list[_Rank]]:
+    """Find the other ranks and make the group of all of them; if one does not come, end with a line that says which.
+
+    Returns:
+        Where this rank is now known to be, a part of the job's store, the group's own part, which must be kept for as
+        long as the group, and what every rank says of itself.
+    """
+    store = None
+    try:
+        if place.local_size < place.world_size:
+            place = replace(place, master=outward(place.master))
+        raw, place = _meet(place, timeout_s)
+        # An agent's store outlives the ranks: what earlier ones have left there is not for these.
+        store = _part(raw, f"generation {place.generation}")
+        store.set(f"here/{place.rank}", "")
+        interface = _interface(place, store)
+        if interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        group = _part(raw, f"group {place.generation}")
+        wait, rank, world_size = timedelta(seconds=timeout_s), place.rank, place.world_size
+        dist.init_process_group(gloo.backend(), store=group, rank=rank, world_size=world_size, timeout=wait)
+        return place, store, group, _introduce(place, store)
+    except (RuntimeError, TimeoutError) as error:  # torch's and our own, for what does not come
+        _say_who_is_missing(place, store, error)
+        os._exit(EXIT_LOST)
+
+
+def _say_who_is_missing(place: Place, store: Store | None, error: Exception) -> None:
+    """Print one line for all ranks; where there is no store to agree in, one for each machine."""
+    what = f"rank {place.rank} could not join the others at {place.master}:{place.port}: {error}".splitlines()[0]
+    speaks = _speaks(place)
+    if store is not None:
+        with suppress(RuntimeError):
+            speaks = store.add("not joined", 1) == 1
+            missing = [rank for rank in range(place.world_size) if not store.check([f"here/{rank}"])]
+            if missing:
+                ranks = f"rank{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing[:8]))}"
+                more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+                what = f"{ranks}{more} did not come to {place.master}:{place.port}, where ranks meet"
+    if speaks:
+        print(f"tozan: {what}", file=sys.stderr, flush=True)
 
 
 def _monitor(place: Place, timeout_s: float, lost_after_s: float) -> Monitor:
@@ -112,17 +148,26 @@ def _monitor(place: Place, timeout_s: float, lost_after_s: float) -> Monitor:
     )
 
 
-def _meet(place: Place, timeout_s: float) -> TCPStore:
-    """The store of the job, which rank 0 holds unless the launcher does; rank 0 says where it is."""
+def _meet(place: Place, timeout_s: float) -> tuple[TCPStore, Place]:
+    """The store of the job, which rank 0 holds unless the launcher does, and where it is; rank 0 says so."""
+    one_machine = place.local_size == place.world_size
     signed = "signed with the job's secret" if rendezvous.secret() else "not signed (TOZAN_SECRET is not set)"
     if place.rank != 0 or place.hosted:
         if place.rank == 0 and place.generation <= 1:
             print(f"tozan: ranks meet at the launcher's {place.master}:{place.port}, {signed}", file=sys.stderr)
-        return _connect(place, timeout_s)
-    one_machine = place.local_size == place.world_size
-    store, address = rendezvous.serve(place.master, place.port, one_machine=one_machine, timeout_s=timeout_s)
+        if not (place.hosted or one_machine) and called_loopback(place.master):  # rank 0's machine, of many addresses
+            place = replace(place, master=rendezvous.ask(place.master, place.port, timeout_s))
+        return _connect(place, timeout_s), place
+    try:
+        store, address = rendezvous.serve(place.master, place.port, one_machine=one_machine, timeout_s=timeout_s)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        what = f"rank 0 cannot listen on {place.master}:{place.port}: {error.strerror or error}"
+        fix = "give an address or name of the first node, and a port that is free there"
+        raise UserError(Problem("MASTER_ADDR, MASTER_PORT", what, fix)) from error
     print(f"tozan: rank 0 listens on {address}:{store.port}, {signed}", file=sys.stderr)
-    return store
+    return store, place if one_machine else replace(place, master=address)
 
 
 def _connect(place: Place, timeout_s: float) -> TCPStore:
@@ -175,11 +220,12 @@ def _speaks(place: Place) -> bool:
     return place.rank == 1 or place.local_rank == 0
 
 
-def _witness(place: Place, store: Store, everyone: list[_Rank]) -> Witness:
+def _witness(place: Place, store: Store, everyone: list[_Rank], monitor: Monitor) -> Witness:
     mine = everyone[place.rank]
     seen = {rank: it.process for rank, it in enumerate(everyone) if (it.host, it.space) == (mine.host, mine.space)}
     # A store may have known other ranks before these: the first one's process tells them apart.
-    return Witness(place.rank, store, f"spoken/{everyone[0].process}", seen, _speaks(place))
+    claim = f"spoken/{everyone[0].process}"
+    return Witness(place.rank, store, claim, seen, _speaks(place), monitor.spread)
 
 
 def _bind(place: Place, everyone: list[_Rank], threads: int) -> str:

@@ -113,6 +113,11 @@ class Monitor:
             except RuntimeError:  # rank 0 and its store have left before us, which is no one's concern any more
                 return
 
+    def spread(self, verdict: str) -> None:
+        """Let every rank end; that there is a reason is told already."""
+        with contextlib.suppress(RuntimeError):  # where a launcher held the store, it may be gone by now
+            self._store.set("verdict", verdict)
+
     def fall_silent(self) -> None:
         """Another part of this process says what has happened."""
         self._speaks = False
@@ -132,7 +137,8 @@ class Monitor:
             try:
                 self._asked = time.monotonic()
                 self._beat()
-                verdict = self._judge() if self.rank == 0 else self._read_verdict()
+                said = self._read_verdict()
+                verdict = self._judge() if self.rank == 0 and not said else None
                 self._asked = None
             except RuntimeError:  # torch raises this and its DistError for a closed connection
                 if self._stopped.is_set():
@@ -140,11 +146,11 @@ class Monitor:
                 self._end_without_store("its store is gone")
                 return
             if verdict:
+                _say(verdict)
+                self.spread(verdict)
+            if verdict or said:
                 if self.rank == 0:
-                    _say(verdict)
-                    with contextlib.suppress(RuntimeError):  # where a launcher held the store, it may be gone by now
-                        self._store.set("verdict", verdict)
-                        time.sleep(2 * self._interval)  # this rank may hold the store: let the others read
+                    time.sleep(2 * self._interval)  # this rank may hold the store: let the others read
                 self._end()
                 return
 

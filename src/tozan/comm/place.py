@@ -20,6 +20,10 @@ VARIABLE = "TOZAN_SECRET"
 """Environment variable with the job's secret, the same for all ranks (see `rendezvous`)."""
 
 
+EVERYWHERE = "0.0.0.0"
+"""Stands for all addresses of a machine."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a process stands in its job.
@@ -138,23 +142,33 @@ def outward(host: str) -> str:
     Returns:
         That one address, or `host` as it is.
     """
-    import psutil
+    if not called_loopback(host):
+        return host
+    own = addresses()
+    return own.pop() if len(own) == 1 else host
 
+
+def called_loopback(host: str) -> bool:
+    """Whether a name, not an address, means a loopback address on this machine."""
     try:
         family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     except OSError:
-        return host  # whoever connects says what is wrong
+        return False  # whoever connects says what is wrong
     meant = host in ("localhost", str(target[0]))
-    if family != socket.AF_INET or meant or not is_loopback(str(target[0])):
-        return host
+    return family == socket.AF_INET and not meant and is_loopback(str(target[0]))
+
+
+def addresses() -> set[str]:
+    """This machine's IPv4 addresses that others may reach."""
+    import psutil
+
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    own = {
+    return {
         entry.address
         for name, entries in psutil.net_if_addrs().items()
         for entry in entries
         if name in up and entry.family == socket.AF_INET and not is_loopback(entry.address)
     }
-    return own.pop() if len(own) == 1 else host
 
 
 def listen(host: str, port: int = 0, *, one_machine: bool) -> socket.socket:
@@ -167,15 +181,16 @@ def listen(host: str, port: int = 0, *, one_machine: bool) -> socket.socket:
 
     Returns:
         The socket. It is bound to `host`'s address, but to every interface's where others look for a name that is a
-        loopback address here: which of this machine's addresses they see is not known (see `outward`).
+        loopback address here: which of this machine's addresses they see is not known (see `outward`) until the first
+        of them has come.
 
     Raises:
         OSError: the address is in use, or none of this machine's.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     where = str(address[0])
-    if not one_machine and is_loopback(where):
-        family, where = socket.AF_INET, "0.0.0.0"
+    if not one_machine and called_loopback(host):
+        family, where = socket.AF_INET, EVERYWHERE
     return socket.create_server((where, port), family=family, backlog=4096)
 
 

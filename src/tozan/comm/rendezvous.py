@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Mapping
+import socket
+import threading
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store, TCPStore
 
-from tozan.comm.place import VARIABLE, listen
+from tozan.comm.place import EVERYWHERE, VARIABLE, addresses, is_loopback, listen
 
 TAG = 32
 """Bytes of an HMAC-SHA256."""
@@ -40,17 +44,70 @@ def serve(host: str, port: int, *, one_machine: bool, timeout_s: float = 120.0) 
         timeout_s: how long whoever asks for a value waits for it.
 
     Returns:
-        The store and the address that it listens on (see `place.listen`).
+        The store and the address that it listens on. Where it cannot be known by which of this machine's addresses
+        others see it (`place.outward`), it is the one by which the first of them came, and ranks of this machine, who
+        cannot know it either, are told by `ask`.
 
     Raises:
-        OSError: the address is in use, or none of this machine's.
+        OSError: the address is in use, or none of this machine's; or nobody came.
     """
     listening = listen(host, port, one_machine=one_machine)
     where, port = listening.getsockname()[:2]
+    if where == EVERYWHERE:
+        where = sought(listening, addresses(), timeout_s)
+        listening = listen(where, port, one_machine=True)
+        name = socket.create_server((socket.gethostbyname(host), port))
+        threading.Thread(target=_answer, args=[name, where], name="tozan-address", daemon=True).start()
     descriptor = listening.detach()  # the store closes it
     wait = timedelta(seconds=timeout_s)
-    store = TCPStore(host, port, None, True, timeout=wait, wait_for_workers=False, master_listen_fd=descriptor)
+    store = TCPStore(where, port, None, True, timeout=wait, wait_for_workers=False, master_listen_fd=descriptor)
     return store, where
+
+
+def sought(listening: socket.socket, own: Collection[str], timeout_s: float) -> str:
+    """Close a socket that listens everywhere once someone comes from another machine; who comes will come again.
+
+    Args:
+        listening: where they come.
+        own: addresses of this machine.
+        timeout_s: how long to wait.
+
+    Returns:
+        The address of this machine by which they came.
+
+    Raises:
+        TimeoutError: nobody came.
+    """
+    end = time.monotonic() + timeout_s
+    with listening:
+        while True:
+            listening.settimeout(max(0.001, end - time.monotonic()))
+            connection, (peer, *_) = listening.accept()
+            with connection:
+                if peer not in own and not is_loopback(peer):
+                    return str(connection.getsockname()[0])
+
+
+def _answer(listening: socket.socket, where: str) -> None:
+    while True:
+        with suppress(OSError), listening.accept()[0] as connection:
+            connection.sendall(where.encode() + b"\n")
+
+
+def ask(host: str, port: int, timeout_s: float) -> str:
+    """The address on which this machine's rank 0 listens, as it says itself at the loopback address of its name.
+
+    Raises:
+        TimeoutError: there was no answer.
+    """
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection((host, port), timeout=1.0) as connection:
+            said = connection.makefile("rb").readline(64)
+            if said.endswith(b"\n"):
+                return said.decode().strip()
+        time.sleep(0.05)
+    raise TimeoutError(f"rank 0 did not say within {timeout_s:.0f} s on which address it listens")
 
 
 class Signed(Store):

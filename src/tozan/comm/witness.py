@@ -3,7 +3,8 @@
 Where ranks do not wait for the heartbeat's verdict (`monitor`), because whoever started them starts them again, all of
 them see a connection fail at about the same time, and none is told whose process has ended. The kernel knows it of the
 processes on the same machine: ranks of that machine look there and speak first. Who speaks is decided by a counter in
-the job's store; where that is gone as well, rank 1 and the first rank of each machine do.
+the job's store, and others that have not noticed yet are told to leave, too. Where the store is gone as well, so is
+rank 0, and some ranks say that (see `monitor`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -33,16 +34,28 @@ class Witness:
         claim: a key in it that is only these ranks'.
         processes: process ids on this machine, by rank.
         speaks: whether this rank speaks where the store is gone.
+        spread: has the other ranks leave, too.
     """
 
-    def __init__(self, rank: int, store: Store, claim: str, processes: Mapping[int, int], speaks: bool) -> None:
-        self._rank, self._store, self._claim, self._speaks = rank, store, claim, speaks
+    def __init__(
+        self,
+        rank: int,
+        store: Store,
+        claim: str,
+        processes: Mapping[int, int],
+        speaks: bool,
+        spread: Callable[[str], None],
+    ) -> None:
+        self._rank, self._store, self._claim, self._speaks, self._spread = rank, store, claim, speaks, spread
         self._processes = {other: process for other, process in processes.items() if other != rank}
 
     def tell(self, error: Exception) -> None:
         """Print the one line, unless another rank does."""
         lost = self._lost()
-        if self._first():
+        first = self._first()
+        if first is None:
+            first, lost = self._speaks, [rank for rank in lost if rank == 0]
+        if first:
             names = ", ".join(f"rank {rank} (process {self._processes[rank]})" for rank in lost)
             what = f"{names} {'is' if len(lost) == 1 else 'are'} lost; rank" if lost else "rank"
             print(f"tozan: {what} {self._rank}: {error}", file=sys.stderr, flush=True)
@@ -56,17 +69,20 @@ class Witness:
             time.sleep(PAUSE_S)
         return []
 
-    def _first(self) -> bool:
+    def _first(self) -> bool | None:
+        """Whether nobody has spoken yet; None where there is no store to tell."""
         counts: list[int] = []
 
         def count() -> None:
             with contextlib.suppress(RuntimeError):
                 counts.append(self._store.add(self._claim, 1))
+                if counts[0] == 1:
+                    self._spread("a connection of a rank has failed")
 
         asking = threading.Thread(target=count, daemon=True)
         asking.start()
         asking.join(_ANSWER_S)
-        return counts[0] == 1 if counts else self._speaks
+        return counts[0] == 1 if counts else None
 
 
 def ended(process: int) -> bool:

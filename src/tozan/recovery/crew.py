@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from tozan.comm.place import listen, outward
+from tozan.comm.place import EVERYWHERE, listen, outward
 from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
 from tozan.recovery.remote import BEAT, Remote, Wire
@@ -67,12 +67,14 @@ class Crew:
             nodes: in all, this one included.
             patience: seconds to wait; the run begins without those that have not come by then.
         """
-        self.address = address = outward(address) if nodes > 1 else address
-        local = address.startswith("127.")
-        self._door = listen(address, port, one_machine=local)
-        self._courier, self._guests = Courier(self._node), Guests(self._node, listen(address, one_machine=local))
+        self.address = outward(address) if nodes > 1 else address
+        self._door = listen(self.address, port, one_machine=self.address.startswith("127."))
+        self._courier = Courier(self._node)
         self._courier.start()
-        self._guests.start()
+        if self._door.getsockname()[0] == EVERYWHERE:
+            self.address = "127.0.0.1"  # until another node has come
+        else:
+            self._take_guests()
         end = time.monotonic() + patience
         while len(self._members()) < nodes and time.monotonic() < end:
             self.poll(BEAT)
@@ -192,6 +194,18 @@ class Crew:
         for member in self._members():
             member.close()
 
+    def _narrow(self, address: str) -> None:
+        """From now on listen on one address only: the one by which the first node of this job has come."""
+        assert self._door is not None
+        port, self.address = self._door.getsockname()[1], address
+        self._door.close()
+        self._door = listen(address, port, one_machine=True)
+        self._take_guests()
+
+    def _take_guests(self) -> None:
+        self._guests = Guests(self._node, listen(self.address, one_machine=True))
+        self._guests.start()
+
     def _members(self) -> list[Member]:
         return [self._node, *self._remotes]
 
@@ -205,6 +219,8 @@ class Crew:
                 for said in wire.hear():
                     if hmac.compare_digest(said["token"], token()):
                         self._remotes.append(Remote(wire, said))
+                        if self._guests is None:
+                            self._narrow(connection.getsockname()[0])
                         return
                 time.sleep(0.01)
         connection.close()

@@ -89,7 +89,7 @@ class Node:
         self.processes: dict[int, int] = {}
         self._output = output
         self._events: deque[Event] = deque()
-        self._port = 0
+        self._port, self._host = 0, ""
         self._start_server()
 
     def memory(self, rank: int) -> Memory:
@@ -120,12 +120,17 @@ class Node:
         self._say(signal=str(rank), number=int(number))
 
     def store(self, host: str) -> int:
-        """The port of the store that outlives the ranks; started again if it has ended.
+        """The port of the store that outlives the ranks; started again if it has ended, or listens elsewhere.
 
         Raises:
             UserError: it cannot listen on that address.
         """
+        if self._port > 0 and host != self._host:
+            self.signal(-1, signal.SIGKILL)
+            self._wait(lambda: self._port == 0)
+            self._events = deque(event for event in self._events if event.kind != "ended" or event.rank >= 0)
         if self._port == 0:
+            self._host = host
             self._say(store=host)
             self._wait(lambda: self._port != 0)
         if self._port < 0:
