@@ -1,6 +1,6 @@
 """What a rank takes of memory beside its tensors: libraries, Python's objects, buffers of theirs.
 
-Measured as a run would: fresh processes, started by torchrun, take real steps of a tiny model.
+Measured as a run would: fresh processes, started by torchrun, take real steps of a small model.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tozan import data
 from tozan.bench import step
 from tozan.comm.launch import join
 from tozan.config import load
 from tozan.ops import native
+from tozan.train import assemble
 from tozan.train.split import mesh_layout
 
-TINY = (
-    *("--version=1", "--data.path=random", "--train.steps=2", "--train.micro_batch=1", "--train.accumulate=1"),
-    *("--model.layers=2", "--model.width=128", "--model.heads=2", "--model.sequence=128"),
-    "--model.vocabulary=1024",
+SMALL = (
+    *("--version=1", "--train.steps=2", "--train.micro_batch=2", "--train.accumulate=2"),
+    *("--model.layers=4", "--model.width=256", "--model.heads=4", "--model.sequence=256", "--model.vocabulary=4096"),
 )
-"""A model whose tensors are no matter."""
+"""Small enough for seconds, and with every operation of a step."""
 
 
 def measure(ranks: int) -> float:
@@ -35,6 +36,7 @@ def measure(ranks: int) -> float:
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory(prefix="tozan-bench-") as folder:
+        data.build(data.corpus.standard_library(limit=200_000), Path(folder) / "data", vocabulary=1024, validation=0.0)
         command = [sys.executable, *launcher, "-m", "tozan.bench.footprint", str(ranks), folder]
         subprocess.run(command, check=True, capture_output=True)
         return max(float(json.loads(path.read_text(encoding="utf-8"))) for path in Path(folder).glob("*.json"))
@@ -42,10 +44,11 @@ def measure(ranks: int) -> float:
 
 def main(ranks: int, folder: Path) -> None:
     """Be one of the ranks."""
-    config = load(None, [*TINY, f"--layout.data={ranks}"]).config
-    with join(mesh_layout(config)) as mesh:
-        run = step.assemble(config, folder, mesh)
-        for _ in range(config.train.steps):
+    places = f"--data.path={folder / 'data'}", f"--run.folder={folder / 'run'}"
+    loaded = load(None, [*SMALL, *places, f"--layout.data={ranks}"])
+    with join(mesh_layout(loaded.config)) as mesh:
+        run = assemble(loaded, mesh)
+        for _ in range(loaded.config.train.steps):
             step.lap(run)
         # Not getrusage: what that counts begins with the memory of the process that started this one.
         status = Path("/proc/self/status").read_text(encoding="ascii")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tozan.planner.books import Trip, held, units
+from tozan.planner.books import Trip, held, residual, units
 from tozan.planner.kept import kept
 from tozan.planner.machine import Machine
 from tozan.schedules import create
@@ -50,8 +50,12 @@ def _rank(trip: Trip, rank: int, copied: bool) -> dict[str, float]:
     depth = _in_flight(trip, here["pp"])
     blocks = sum(1 for name in sizes if name.endswith("norm1.weight"))
     kept = depth * blocks / trip.chunks * _activations(trip, trip.recomputes(here["pp"]))
-    copies = float(trip.item * sum(_matrices(sizes).values())) if copied else 0.0
+    # Layers whose weight gradient waits keep the weight itself (`parallel.weight_gradients`).
+    waits = trip.schedule == "zero-bubble" and trip.layout.pp > 1
+    copies = float(trip.item * sum(_matrices(sizes).values())) if copied and not waits else 0.0
     kept += (depth / trip.chunks if trip.recompute == "none" else 1) * copies
+    if here["pp"] < trip.layout.pp - 1:  # what was passed on is held until its gradient comes back
+        kept += depth * residual(trip) * word
     table = word * float(sizes.get("embed.weight", 0))
     head_table = word * float(sizes.get("head.weight", sizes.get("embed.weight", 0)))
     working = _head(trip, head_table, copied) if here["pp"] == trip.layout.pp - 1 else 0.0
@@ -61,7 +65,7 @@ def _rank(trip: Trip, rank: int, copied: bool) -> dict[str, float]:
     fullest = max(
         early + kept + working + whole,
         gradients + (0.0 if sent else table),
-        *(one + whole for one in _launched(trip, sent, share, kept, blocks, table)),
+        *(one + whole for one in _launched(trip, sent, share, kept, depth, blocks, table)),
     )
     activations = max(0.0, min(kept, fullest - gradients))
     return {
@@ -110,7 +114,7 @@ def _launches(trip: Trip, here: dict[str, int]) -> list[Launch]:
 
 def _often(trip: Trip) -> bool:
     """Whether every micro-batch's gradients are sent, not only the last's."""
-    return (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2
+    return trip.hands_over or (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2
 
 
 def _gradients(trip: Trip, whole: float, sent: list[Launch], share: int) -> tuple[float, float]:
@@ -124,7 +128,9 @@ def _gradients(trip: Trip, whole: float, sent: list[Launch], share: int) -> tupl
     return summed + (sum(sizes) if trip.zero == 0 else 0.0), early if trip.accumulate > 1 else 0.0
 
 
-def _launched(trip: Trip, sent: list[Launch], share: int, kept: float, blocks: int, table: float) -> list[float]:
+def _launched(
+    trip: Trip, sent: list[Launch], share: int, kept: float, depth: float, blocks: int, table: float
+) -> list[float]:
     """Bytes of gradients and activations while each unit is launched in the last micro-batch.
 
     The one before is on its way, as sent and as received; this one is there as gradients and flat, then flat, as
@@ -138,7 +144,8 @@ def _launched(trip: Trip, sent: list[Launch], share: int, kept: float, blocks: i
         summed = sum(one.size for one in (sent if many else sent[: number + 1])) / divisor
         gathered = sum(one.size for one in sent[: max(0, number - 1)]) if trip.zero == 0 else 0.0
         copies = 3 if unit.size > CHUNK_BYTES else 2
-        still = kept * unit.left / max(1, blocks) if trip.layout.pp == 1 else 0.0
+        # Of the micro-batch at hand what the backward pass has not come to, and a pipeline's others.
+        still = kept * (depth - 1 + unit.left / max(1, blocks)) / depth
         making = max(copies * unit.size, unit.size + (table if unit.embeds else 0.0))
         found.append(still + summed + gathered + 2 * before + making)
     return found
@@ -182,6 +189,7 @@ def _head(trip: Trip, table: float, copied: bool) -> float:
     tokens = trip.micro_batch * shape.sequence // (layout.grid * layout.tp_depth if layout.scheme != "1d" else 1)
     width = shape.width // (layout.grid if layout.scheme != "1d" else 1)
     chunk = min(tokens * columns, LOGITS if layout.tp == 1 else SHARDED_LOGITS)
-    logits = chunk * (trip.item if layout.tp == 1 else 2 * trip.state_item)
+    # Sharded ones are there in the compute type, wide, and as exponentials.
+    logits = chunk * (trip.item if layout.tp == 1 else trip.item + 2 * trip.state_item)
     copy = table * trip.item / trip.state_item if copied else 0.0
     return table + 3 * tokens * width * trip.state_item + max(copy + logits + table, table)
