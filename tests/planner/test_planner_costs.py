@@ -1,5 +1,6 @@
 """Costs: closed forms against the replayed schedule, kernels and collectives against their laws."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,3 +128,35 @@ def test_noise_saturates_at_one_delay_per_synchronisation():
     priced = job(batch=64, machine=noisy)
     noise = float(costs.step(priced, candidates(dp=64)).parts["noise"][0])
     assert 0 < noise <= 0.5
+
+
+def test_host_and_device_hide_behind_each_other_but_not_quite():
+    """Never faster than the slower of both, never slower than one after the other; jitter grows with the ranks."""
+    machine = load("a100-80")
+    layouts = candidates(tp=[1, 2, 4, 8, 1, 2, 4, 8], micro_batch=[1, 1, 1, 1, 16, 16, 16, 16])
+    shape = gpt(2048, 24, 16, 1024)
+    stages = {
+        host: costs.stages(Job(shape, machine.changed(device={"host": host}), stacks.MEGATRON_2021, 64), layouts)
+        for host in (1e-9, 28e-6)
+    }
+    device, both = (stages[host].forward for host in (1e-9, 28e-6))
+    calm = machine.changed(device={"host": 28e-6}, node={"jitter": 0.0})
+    ahead, _ = layer.operations(Job(shape, calm, stacks.MEGATRON_2021, 64), layouts)
+    host = 24 * 28e-6 * (ahead + 2 * layer.COLLECTIVE * (layouts.tp > 1)) + 48 * machine.node.jitter * np.log2(
+        layouts.tp
+    )
+    assert (both >= np.maximum(device, host) * (1 - 1e-3)).all()
+    assert (both <= device + host).all()
+    assert (both / np.maximum(device, host))[4] < 1.02, "large micro-batches hide the host"
+    still = costs.stages(Job(shape, calm, stacks.MEGATRON_2021, 64), layouts).forward
+    assert (np.diff((both - still)[:4]) > 0).all()
+
+
+def test_an_unpadded_vocabulary_slows_the_head():
+    def head(vocabulary, tp):
+        priced = Job(gpt(2048, 24, 16, 1024, vocabulary), load("a100-80"), stacks.MEGATRON_2021, 8)
+        return float(costs.stages(priced, candidates(tp=tp)).head[0])
+
+    assert head(50257, 1) > 1.2 * head(50304, 1)
+    assert head(50256, 1) == pytest.approx(head(50304, 1), rel=0.01)
+    assert head(50256, 2) == pytest.approx(head(50304, 2), rel=0.01)

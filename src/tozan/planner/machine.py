@@ -45,6 +45,8 @@ class Gemm(_Table):
     """Matrix units want rows of memory whose length is a multiple of this many elements."""
     misaligned: Above = 1.0
     """By how much batched products (attention without fusion) are slower if they are not: no matrix units then."""
+    odd: Above = 1.0
+    """By how much a product is slower if its rows have an odd number of elements, which units cannot load in pairs."""
     attention: Share = 0.5
     """Fraction of the peak that fused (flash) attention reaches in a very long sequence."""
     attention_half: Annotated[float, Field(ge=0.0)] = 0.0
@@ -88,6 +90,8 @@ class Node(_Table):
     """Seconds to start a collective."""
     hop: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds per step of a ring, on top."""
+    jitter: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds by which the latest of two hosts is late at a tensor-parallel collective; of n: log2 n times that."""
     wait: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds that ranks wait for each other at every tensor-parallel collective of a step, beside its own time."""
 

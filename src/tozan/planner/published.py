@@ -204,13 +204,21 @@ def _llama3(table: str, machines: Machines) -> Iterator[Case]:
 
 
 def _vtrain(table: str, machines: Machines) -> Iterator[Case]:
-    """Megatron (of Megatron-DeepSpeed), 1F1B, full recomputation."""
+    """Megatron (of Megatron-DeepSpeed), 1F1B; full recomputation on many nodes, of attention's core on one.
+
+    The column `recompute` of the table of one node is a default of the source's simulator, which itself prices a
+    pipeline's last stage without it. Its times say otherwise: from micro-batch 4 to 8 a block takes less than full
+    recomputation would at the peak of both the matrix units and the memory. Without tensor parallelism the vocabulary
+    of 50,257 tokens is not padded, as in the source's configuration.
+    """
+    recompute = "selective" if table == "vtrain_single" else "full"
     for row in rows(table):
         width, layers, heads, sequence, batch = _sizes(row, "hidden", "layers", "heads", "seq", "global_batch")
         tp, pp, dp, micro, devices = _sizes(row, "tp", "pp", "dp", "micro_batch", "gpus")
         machine = machines("a100-80").changed(network=VTRAIN_NETWORK)
-        job = Job(gpt(width, layers, heads, sequence), machine, stacks.MEGATRON_2021, batch)
-        layout = candidates(tp=tp, pp=pp, dp=dp, micro_batch=micro, recompute="full")
+        shape = gpt(width, layers, heads, sequence, 50257 if tp == 1 else 51200)
+        job = Job(shape, machine, stacks.MEGATRON_2021, batch)
+        layout = candidates(tp=tp, pp=pp, dp=dp, micro_batch=micro, recompute=recompute)
         label = f"h{width} L{layers} tp{tp} pp{pp} dp{dp} b{micro} B{batch}"
         group = f"h{width} L{layers} B{batch} on {devices}"
         yield Case(table, label, row["use"], job, layout, float(row["iter_ms"]) / 1e3, group)
