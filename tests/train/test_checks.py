@@ -47,7 +47,7 @@ LAYOUTS = {
     "dp2-zero3": ["--layout.data=2", "--layout.zero=3"],
     "dp4-zero3-by2": ["--layout.data=4", "--layout.zero=3", "--layout.zero_group=2", "--train.global_batch=8"],
     "tp2-seq": ["--layout.tensor=2", "--layout.sequence_parallel=true"],
-    "tp4-2d": ["--layout.tensor=4", "--layout.scheme=2d"],
+    "tp4-2d": ["--layout.tensor=4", "--layout.scheme=2d", "--train.global_batch=2", "--model.layers=1"],
     "pp2": ["--layout.pipeline=2"],
     "dp2-tp2-zero1": ["--layout.data=2", "--layout.tensor=2", "--layout.zero=1"],
 }
