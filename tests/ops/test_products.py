@@ -120,6 +120,20 @@ def test_linear_makes_only_the_gradients_that_are_wanted(kernel, monkeypatch):
         assert torch.equal(linear(x, weight), linear(x, weight.detach()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [24, 27])
+def test_the_bias_gradient_is_a_sum_of_columns(kernel, dtype, rows):
+    dy = matrix(rows, 1030, dtype, False)
+    threads = torch.get_num_threads()
+    found = products.bias_gradient(dy.view(-1, 3, 1030), torch.float32)
+    exact = dy.double().sum(0)
+    bound = 2**-8 if (kernel, dtype) == ("plain", torch.bfloat16) else 1e-6
+    assert (found - exact).norm() <= bound * exact.norm()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    assert torch.equal(products.bias_gradient(dy, torch.float32), found)
+    torch.set_num_threads(threads)
+
+
 def test_compiling_takes_the_plain_operation():
     x, weight = torch.randn(50, 8), torch.randn(9, 8)
     compiled = torch.compile(linear, backend="eager", fullgraph=True)

@@ -209,6 +209,28 @@ void causal_softmax(T* scores, long rows, long block, long first, long n, int th
     }
 }
 
+// Sums of the columns of x (rows, n), each from the first row to the last, four rows at a time.
+template <class T>
+void column_sums(const T* x, long rows, long n, float* sums, int threads) {
+    constexpr long STRIP = 1024;  // columns whose sums stay in the first-level cache
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long first = 0; first < n; first += STRIP) {
+        const long width = n - first < STRIP ? n - first : STRIP;
+        std::memset(sums + first, 0, width * sizeof *sums);
+        for (long row = 0; row < rows; row += 4) {
+            const T* p = x + row * n + first;
+            const long here = rows - row;
+            vectors(width, [&](long i, long count) {
+                Floats sum = load(p + i, count);
+                if (here > 1) sum += load(p + n + i, count);
+                if (here > 2) sum += load(p + 2 * n + i, count);
+                if (here > 3) sum += load(p + 3 * n + i, count);
+                store(sums + first + i, count, load(sums + first + i, count) + sum);
+            });
+        }
+    }
+}
+
 constexpr long PIECE = 4096;  // elements that one thread takes at once
 
 template <class F>
@@ -268,6 +290,9 @@ void swiglu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, 
     }                                                                                                                \
     void causal_softmax_##NAME(T* x, long rows, long block, long first, long n, int threads) {                       \
         causal_softmax(x, rows, block, first, n, threads);                                                           \
+    }                                                                                                                \
+    void column_sums_##NAME(const T* x, long rows, long n, float* sums, int threads) {                               \
+        column_sums(x, rows, n, sums, threads);                                                                      \
     }                                                                                                                \
     void gelu_##NAME(const T* x, T* y, long n, int threads) { gelu(x, y, n, threads); }                              \
     void gelu_backward_##NAME(const T* dy, const T* x, T* dx, long n, int threads) {                                 \

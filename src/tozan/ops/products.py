@@ -127,7 +127,11 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, result: torch.dty
 def bias_gradient(dy: Tensor, result: torch.dtype) -> Tensor:
     """The sum of dy (…, out) over everything but the last dim, (out,)."""
     dy = dy.flatten(0, -2)
-    return dy.sum(0, dtype=result if usable(dy.dtype, len(dy), dy) else None).to(result)
+    if not usable(dy.dtype, len(dy), dy):
+        return dy.sum(0).to(result)
+    sums = dy.new_empty(dy.shape[1], dtype=torch.float32)
+    native.call("column_sums", dy.dtype, dy.contiguous(), *dy.shape, sums)
+    return sums.to(result)
 
 
 class _Entrance(torch.autograd.Function):
