@@ -118,10 +118,11 @@ def train(config: Path, flags: tuple[str, ...]) -> None:
     CONFIG is a TOML file; --table.key flags replace its values. `tozan config schema --page` explains every key.
     """
     require_file_first(config)
+    from tozan.comm.place import find
     from tozan.config import load
 
     loaded = load(config, flags, to_run=True)
-    first = rank_here() == 0
+    first = find().rank == 0
     if first:
         print_warnings(loaded.warnings)
         click.echo(f"run folder: {loaded.config.run.folder}")
@@ -180,12 +181,6 @@ def launch(config: Path, flags: tuple[str, ...], launcher: Any, dry_run: bool, a
     command = (sys.executable, "-m", "tozan", "agent" if agent else "train", str(config.resolve()), *flags)
     job = Job(command, ranks, agents=agent, **options)
     raise click.exceptions.Exit(start(job, launcher, dry_run=dry_run))
-
-
-def rank_here() -> int:
-    """This process's number in its job, from what torchrun, mpirun, srun or Fujitsu's mpiexec left; 0 when alone."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
-    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def require_file_first(config: Path) -> None:

@@ -76,12 +76,9 @@ def build(
         if not len(spool):
             raise UserError(Problem("sources", "there is no text in them", "name files or folders that hold text"))
         on_event(f"{len(spool):,} documents, {spool.bytes / 1e6:,.1f} MB, {spool.duplicates:,} duplicates left out")
-        recipe: dict[str, Any] = {"seed": seed, "validation": validation, "shard_bytes": shard_bytes}
-        recipe |= {"corpus_sha256": spool.sha256(), "licences": spool.licences(), "sources": spool.sources()}
         splits = _splits(spool, validation, seed)
         chosen = given or _train(spool, splits["train"], vocabulary, on_event)
-        recipe |= {"tokenizer_sha256": chosen.sha256, "vocabulary": chosen.size, "end": chosen.end}
-        recipe |= {"dtype": "uint16" if chosen.size <= 1 << 16 else "uint32"}
+        recipe = {"seed": seed, "validation": validation, "shard_bytes": shard_bytes, **_made_of(spool, chosen)}
         if (found := _standing(out, recipe, overwrite)) is not None:
             on_event(f"{out} holds this data set already; nothing to do")
             return found
@@ -90,6 +87,13 @@ def build(
         publish(files, out, overwrite=overwrite)
     on_event(f"{sum(entry.tokens for entry in manifest.shards):,} tokens in {len(manifest.shards)} shards: {out}")
     return manifest
+
+
+def _made_of(spool: Spool, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the manifest says of the texts and of their tokens."""
+    texts = {"corpus_sha256": spool.sha256(), "licences": spool.licences(), "sources": spool.sources()}
+    tokens = {"tokenizer_sha256": tokenizer.sha256, "vocabulary": tokenizer.size, "end": tokenizer.end}
+    return {**texts, **tokens, "dtype": "uint16" if tokenizer.size <= 1 << 16 else "uint32"}
 
 
 def _fill(

@@ -12,7 +12,7 @@ from tozan.report.drawing import Figure
 from tozan.report.figures import kernels, rates, scaling, steps
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, percent, scaled, seconds, three
+from tozan.report.words import Tile, percent, plain, scaled, seconds, three
 
 KINDS = {
     "gemm": "matrix products of a step",
@@ -196,7 +196,7 @@ def _step_tiles(result: Result) -> dict[str, Tile]:
 
 
 def _machine(result: Result) -> Table:
-    facts = {key: value for key, value in result.machine.items() if _plain(value)}
+    facts = {key: value for key, value in result.machine.items() if plain(value)}
     memory = facts.pop("memory_bytes", None)
     rows = [(key.replace("_", " "), value_text(value)) for key, value in facts.items()]
     rows += [("memory", f"{memory / 2**30:.1f} GiB")] if memory else []
@@ -207,10 +207,6 @@ def _machine(result: Result) -> Table:
 def _options(result: Result) -> Table:
     rows = [(key.replace("_", " "), value_text(value)) for key, value in result.options.items()]
     return Table(f"Asked for: {KINDS[result.kind]}", rows)
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def _notes(results: Sequence[Result]) -> list[str]:

@@ -228,7 +228,7 @@ def machine_table(found: History) -> Table:
     for key, value in machine.items():
         if key == "memory_bytes" and isinstance(value, int | float):
             rows.append(("memory", f"{value / 2**30:.1f} GiB"))
-        elif _plain(value):
+        elif words.plain(value):
             rows.append((key.replace("_", " "), value_text(value)))
     rows += [(name, str(version)) for name, version in versions.items()]
     return Table("Machine and versions", rows)
@@ -267,10 +267,6 @@ def _nominal(found: History, each: Peak | None) -> list[tuple[str, ...]]:
     nominal = each.nominal * int(found.facts.get("processes", 1))
     share = words.middle(found.steps["model_flops_per_second"]) / nominal
     return [("peak, nominal", words.scaled(nominal, "FLOP/s")), ("model FLOP/s ÷ nominal peak", words.percent(share))]
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def _origin(origin: str) -> str:

@@ -48,6 +48,11 @@ def amount(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def plain(value: object) -> bool:
+    """Whether a value can stand in a table as it is: text or a number."""
+    return isinstance(value, str | int | float)
+
+
 def scaled(value: float, unit: str) -> str:
     """A value with a metric prefix: `scaled(1.8e11, "FLOP/s")` is `180 GFLOP/s`; `—` when it is not known."""
     if not math.isfinite(value):
