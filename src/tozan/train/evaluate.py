@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tozan import checkpoint, models
+from tozan.comm import Axis, collectives
 from tozan.data import Dataset, Tokenizer
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape
@@ -24,9 +25,15 @@ Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def held_out(
-    score: Score, data: Dataset, samples: int, micro_batch: int, precision: Precision, whole: bool = False
+    score: Score,
+    data: Dataset,
+    samples: int,
+    micro_batch: int,
+    precision: Precision,
+    whole: bool = False,
+    replicas: Axis | None = None,
 ) -> dict[str, float | int]:
-    """Mean loss over the first `samples` windows of a split.
+    """Mean loss over the first `samples` windows of a split, the same bits however many replicas share the work.
 
     Args:
         score: of a model in evaluation mode.
@@ -35,6 +42,7 @@ def held_out(
         micro_batch: windows at a time.
         precision: how to compute.
         whole: leave out a last micro-batch that is not full, for layouts that cannot split it.
+        replicas: ranks that score micro-batches in turn, all of which call this alike; None for one that is alone.
 
     Returns:
         `loss` in nats per token, `perplexity` = e^loss, `bits_per_byte` (comparable across tokenizers),
@@ -44,12 +52,15 @@ def held_out(
     windows = torch.from_numpy(data.in_order(samples))
     if whole:
         windows = windows[: max(micro_batch, len(windows) - len(windows) % micro_batch)]
-    total, tokens = 0.0, 0
-    for first in range(0, len(windows), micro_batch):
-        piece = windows[first : first + micro_batch].to(precision.device)
+    pieces, axis, losses = windows.split(micro_batch), replicas or Axis.single(), []
+    for first in range(0, len(pieces), axis.size):
+        # Where there are too few for all, the last is scored again and not counted: a forward pass may need all ranks.
+        piece = pieces[min(first + axis.index, len(pieces) - 1)].to(precision.device)
         with precision.autocast():
-            total += score(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()).item()
-        tokens += piece[:, 1:].numel()
+            losses.append(score(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()).item())
+    rows = collectives.all_gather(torch.tensor([losses], dtype=torch.float64), axis, name="held-out losses")
+    total = sum(rows.T.flatten().tolist()[: len(pieces)])  # in the order of the micro-batches
+    tokens = windows[:, 1:].numel()
     loss = total / tokens
     return {
         "loss": loss,

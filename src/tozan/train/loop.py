@@ -285,6 +285,7 @@ def evaluate(run: Run, metrics: Metrics) -> dict[str, float | int] | None:
         run.micro_batch,
         run.precision,
         whole=run.config.layout.scheme != "1d",
+        replicas=run.split.mesh["dp"],
     )
     model.train()
     metrics.write("eval", run.step, **score)
