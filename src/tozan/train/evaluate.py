@@ -52,7 +52,7 @@ def held_out(
     windows = torch.from_numpy(data.in_order(samples))
     if whole:
         windows = windows[: max(micro_batch, len(windows) - len(windows) % micro_batch)]
-    pieces, axis, losses = windows.split(micro_batch), replicas or Axis.single(), []
+    pieces, axis, losses = torch.split(windows, micro_batch), replicas or Axis.single(), []
     for first in range(0, len(pieces), axis.size):
         # Where there are too few for all, the last is scored again and not counted: a forward pass may need all ranks.
         piece = pieces[min(first + axis.index, len(pieces) - 1)].to(precision.device)
