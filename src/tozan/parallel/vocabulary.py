@@ -118,7 +118,8 @@ def _pass(
     chunk = max(1, CHUNK_ELEMENTS // part)
     losses = []
     with torch.autocast(x.device.type, enabled=False):
-        weight_again, weight = weight.to(again), weight.to(dtype)
+        cast = weight.to(dtype)
+        weight_again, weight = cast if again == dtype else weight.to(again), cast
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             tokens = x[rows].to(dtype)

@@ -191,5 +191,6 @@ def _head(trip: Trip, table: float, copied: bool) -> float:
     chunk = min(tokens * columns, LOGITS if layout.tp == 1 else SHARDED_LOGITS)
     # Sharded ones are there in the compute type, wide, and as exponentials.
     logits = chunk * (trip.item if layout.tp == 1 else trip.item + 2 * trip.state_item)
-    copy = table * trip.item / trip.state_item if copied else 0.0
+    cast = copied or (layout.tp > 1 and trip.item != trip.state_item)
+    copy = table * trip.item / trip.state_item if cast else 0.0
     return table + 3 * tokens * width * trip.state_item + max(copy + logits + table, table)
