@@ -53,6 +53,11 @@ def configured(folder: Path, options: argparse.Namespace) -> Loaded:
     return load(None, ["--version=1", *flags])
 
 
+def tozan_run(folder: Path, options: argparse.Namespace) -> Run:
+    """A run as `tozan train` assembles it."""
+    return assemble(configured(folder, options))
+
+
 @dataclass
 class Bare:
     """What of a run a peer needs: no weights and no state."""
