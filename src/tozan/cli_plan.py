@@ -59,13 +59,18 @@ def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, *
         write_plan(found.data(), html)
 
 
-@plan.command("validate", epilog=examples("tozan plan validate --rows"))
+@plan.command("validate", epilog=examples("tozan plan validate --rows", "tozan plan validate --tables held-out/"))
 @click.option("--rows", is_flag=True, help="Print every row of every table.")
-def plan_validate(rows: bool) -> None:
+@click.option(
+    "--tables",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of other rows, in CSV files named as the tables are, to be predicted instead.",
+)
+def plan_validate(rows: bool, tables: Path | None) -> None:
     """Predict published tables, and print the errors beside two baselines."""
     from tozan import planner
 
-    click.echo(planner.validate(rows).text)
+    click.echo(planner.validate(rows, tables).text)
 
 
 @plan.command("talk", epilog=examples("tozan plan talk days"))

@@ -1,9 +1,11 @@
 """Published tables: every row is read, the bars that are met stay met, the talk's pages close."""
 
+import csv
 from pathlib import Path
 
 import pytest
 
+from tozan.errors import UserError
 from tozan.planner import published, talk, validate
 from tozan.planner.published import READERS, cases, megatron_seconds, rows
 from tozan.planner.validate import BARS
@@ -114,3 +116,24 @@ def test_shape_of_hits_the_size():
         from tozan.models.arithmetic import parameters
 
         assert parameters(published.shape_of(billions, 2048)) == pytest.approx(billions * 1e9, rel=0.12)
+
+
+def test_rows_of_ones_own_are_read_in_place_of_ours(tmp_path):
+    """What a checker holds back goes through the same readers; what cannot be read is said with its file."""
+    with pytest.raises(UserError, match="holds no row of any table"):
+        validate(folder=tmp_path)
+    kept = rows("vtrain_multi")[:7]
+    path = tmp_path / "vtrain_multi.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, kept[0])
+        writer.writeheader()
+        writer.writerows(row | {"use": "held out"} for row in kept)
+    found = validate(folder=tmp_path)
+    expected = [case.predict() / case.seconds - 1 for case in cases("vtrain_multi")[:7]]
+    (line,) = found.lines
+    assert (line.table, line.count) == ("vtrain_multi", 7)
+    assert line.error == pytest.approx(sum(map(abs, expected)) / 7)
+    assert "of 7 held out rows" in found.text
+    path.write_text(path.read_text().replace("micro_batch", "micro", 1))
+    with pytest.raises(UserError, match=r"vtrain_multi.csv.*'micro_batch' is not known"):
+        validate(folder=tmp_path)

@@ -7,12 +7,15 @@ say to a rule stated here. Every case is in seconds of a step, unless its table 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 
 import numpy as np
 
+from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, hardware_flops, model_flops, parameters
 from tozan.planner import costs, stacks
 from tozan.planner.candidates import Candidates, candidates, join
@@ -21,6 +24,7 @@ from tozan.planner.machine import Machine, load
 from tozan.planner.memory import memory
 
 Row = dict[str, str]
+Rows = Sequence[Row]
 Machines = Callable[[str], Machine]
 
 VTRAIN_NETWORK = {"bandwidth": 12.5e9, "shared": 0.5}
@@ -64,20 +68,39 @@ class Case:
         return total / (devices * self.job.machine.device.peak[self.job.precision])
 
 
-def rows(table: str) -> list[Row]:
-    """The rows of a table as they are in the file."""
-    text = (files("tozan.planner") / "tables" / f"{table}.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+def rows(table: str, folder: Path | None = None) -> Rows:
+    """The rows of a table as they are in the file.
+
+    Args:
+        table: its name.
+        folder: of other tables with these names and columns; one that is not there has no rows. None: tozan's own.
+    """
+    file: Traversable = (folder or files("tozan.planner") / "tables") / f"{table}.csv"
+    if folder and not file.is_file():
+        return []
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
-def cases(table: str, machines: Machines = load) -> list[Case]:
+def cases(table: str, machines: Machines = load, folder: Path | None = None) -> list[Case]:
     """Every case of a table.
 
     Args:
         table: one of `READERS`.
         machines: finds a machine by name; replaced while constants are fitted.
+        folder: see `rows`.
+
+    Raises:
+        UserError: a column is missing, or holds what cannot be read.
     """
-    return list(READERS[table](table, machines))
+    found = rows(table, folder)
+    made: list[Case] = []
+    try:
+        made.extend(READERS[table](table, found, machines))
+    except KeyError as error:
+        raise UserError(Problem(f"{folder}/{table}.csv", f"the column or value {error} is not known")) from None
+    except ValueError as error:
+        raise UserError(Problem(f"{folder}/{table}.csv", str(error))) from None
+    return made
 
 
 def gpt(width: int, layers: int, heads: int, sequence: int, vocabulary: int = 51200) -> Shape:
@@ -100,9 +123,9 @@ def _sizes(row: Row, *names: str) -> list[int]:
     return [int(row[name]) for name in names]
 
 
-def _sc21_table1(table: str, machines: Machines) -> Iterator[Case]:
+def _sc21_table1(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Megatron, SC21: full recomputation, interleaved where the scripts say so."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, sequence, vocabulary = _sizes(row, "hidden", "layers", "heads", "seq", "vocab")
         job = Job(gpt(width, layers, heads, sequence, vocabulary), machines("a100-80"), stacks.MEGATRON_2021, 0)
         job = replace(job, global_batch=int(row["global_batch"]))
@@ -111,10 +134,10 @@ def _sc21_table1(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, row["model"], row["use"], job, layout, float(row["implied_iter_s"]))
 
 
-def _sc21_table2(table: str, machines: Machines) -> Iterator[Case]:
+def _sc21_table2(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Megatron against DeepSpeed's ZeRO-3 (of 2021), both with full recomputation; not interleaved."""
     shapes = {"174.6": gpt(12288, 96, 96, 2048), "529.6": gpt(20480, 105, 128, 2048)}
-    for row in rows(table):
+    for row in found:
         shape = shapes[row["params_b"]]
         batch, devices, micro, tp, pp = _sizes(row, "global_batch", "gpus", "micro_batch", "tp", "pp")
         three = row["scheme"] == "ZeRO-3"
@@ -128,9 +151,9 @@ def _sc21_table2(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, label, row["use"], job, layout, seconds)
 
 
-def _mtnlg(table: str, machines: Machines) -> Iterator[Case]:
+def _mtnlg(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Megatron-Turing 530B on Selene."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, sequence = _sizes(row, "hidden", "layers", "heads", "seq")
         tp, pp, dp, batch = _sizes(row, "tp", "pp", "dp", "global_batch")
         job = Job(gpt(width, layers, heads, sequence), machines("a100-80"), stacks.MEGATRON_DEEPSPEED, batch)
@@ -138,9 +161,9 @@ def _mtnlg(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{row['gpus']} GPUs", row["use"], job, layout, float(row["iter_s"]))
 
 
-def _korthikanti(table: str, machines: Machines) -> Iterator[Case]:
+def _korthikanti(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Sequence parallelism and selective recomputation, each beside full recomputation."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, sequence, vocabulary = _sizes(row, "hidden", "layers", "heads", "seq", "vocab")
         tp, pp, chunks, batch, micro = _sizes(row, "tp", "pp", "virtual_pp", "global_batch", "micro_batch")
         shape = gpt(width, layers, heads, sequence, vocabulary)
@@ -156,9 +179,9 @@ def _korthikanti(table: str, machines: Machines) -> Iterator[Case]:
             yield Case(table, label, row["use"], job, layout, float(row[column]), group=row["model"])
 
 
-def _megatron_2020(table: str, machines: Machines) -> Iterator[Case]:
+def _megatron_2020(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Tensor parallelism inside one DGX-2 or DGX A100; the whole batch is one micro-batch, recomputed."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, tp, batch = _sizes(row, "hidden", "layers", "heads", "tp", "global_batch")
         old = row["gpu"] == "DGX-2 V100"
         machine = machines("v100-32" if old else "a100-40")
@@ -167,12 +190,12 @@ def _megatron_2020(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{row['case']} {row['gpu']}", row["use"], job, layout, float(row["iter_ms"]) / 1e3)
 
 
-def _h100_weak(table: str, machines: Machines) -> Iterator[Case]:
+def _h100_weak(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Megatron-Core: no recomputation, sequence parallelism, distributed optimizer.
 
     Micro-batch and chunks are not said: the fastest that fit in memory, with chunks that divide the layers.
     """
-    for row in rows(table):
+    for row in found:
         width, layers, heads, sequence, vocabulary = _sizes(row, "hidden", "layers", "heads", "seq", "vocab")
         tp, pp, dp, batch, devices = _sizes(row, "tp", "pp", "dp", "global_batch", "gpus")
         shape = gpt(width, layers, heads, sequence, vocabulary)
@@ -188,9 +211,9 @@ def _h100_weak(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, row["model"], row["use"], job, layout, seconds)
 
 
-def _llama3(table: str, machines: Machines) -> Iterator[Case]:
+def _llama3(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Llama 3 405B: 126 layers on 16 stages, ZeRO 2 kept over micro-batches; attention counted in full."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, kv, mlp = _sizes(row, "hidden", "layers", "heads", "kv_heads", "ffn")
         sequence, vocabulary, devices = _sizes(row, "seq", "vocab", "gpus")
         shape = llama(width, layers, heads, kv, mlp, vocabulary, sequence)
@@ -203,7 +226,7 @@ def _llama3(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{devices} GPUs, seq {sequence}", row["use"], job, layout, seconds)
 
 
-def _vtrain(table: str, machines: Machines) -> Iterator[Case]:
+def _vtrain(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Megatron (of Megatron-DeepSpeed), 1F1B; full recomputation on many nodes, of attention's core on one.
 
     The column `recompute` of the table of one node is a default of the source's simulator, which itself prices a
@@ -212,7 +235,7 @@ def _vtrain(table: str, machines: Machines) -> Iterator[Case]:
     of 50,257 tokens is not padded, as in the source's configuration.
     """
     recompute = "selective" if table == "vtrain_single" else "full"
-    for row in rows(table):
+    for row in found:
         width, layers, heads, sequence, batch = _sizes(row, "hidden", "layers", "heads", "seq", "global_batch")
         tp, pp, dp, micro, devices = _sizes(row, "tp", "pp", "dp", "micro_batch", "gpus")
         machine = machines("a100-80").changed(network=VTRAIN_NETWORK)
@@ -224,9 +247,9 @@ def _vtrain(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, label, row["use"], job, layout, float(row["iter_ms"]) / 1e3, group)
 
 
-def _bloom(table: str, machines: Machines) -> Iterator[Case]:
+def _bloom(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """BigScience's tuning of 176B and others: Megatron-DeepSpeed on Jean Zay."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, sequence, vocabulary = _sizes(row, "hidden", "layers", "heads", "seq", "vocab")
         tp, pp, dp, micro, batch = _sizes(row, "tp", "pp", "dp", "micro_batch", "global_batch")
         machine = machines("a100-80").changed(network=JEAN_ZAY_NETWORK)
@@ -252,9 +275,9 @@ MPT = {
 """Width, layers and heads of MosaicML's models (the table's `params` column confirms them)."""
 
 
-def _mosaic(table: str, machines: Machines) -> Iterator[Case]:
+def _mosaic(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """llm-foundry: FSDP on one node of 8, flash attention; recomputed where HFU is 4/3 of MFU."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads = MPT[row["model"]]
         sequence, devices, micro, batch = _sizes(row, "seq", "gpus", "micro_batch", "global_batch")
         name = {"h100_80gb": "h100-80", "a100_80gb": "a100-80", "a100_40gb": "a100-40"}[row["gpu"]]
@@ -267,9 +290,9 @@ def _mosaic(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, label, row["use"], job, layout, seconds)
 
 
-def _nanotron(table: str, machines: Machines) -> Iterator[Case]:
+def _nanotron(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Nanotron's best layouts on one and two nodes of 8 H100; MFU of 989 TFLOP/s."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, mlp, sequence, vocabulary = _sizes(
             row, "hidden", "layers", "heads", "ffn", "seq_inferred", "vocab_inferred"
         )
@@ -283,12 +306,12 @@ def _nanotron(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{row['params_b']}B on {devices}", row["use"], job, layout, seconds)
 
 
-def _torchtitan(table: str, machines: Machines) -> Iterator[Case]:
+def _torchtitan(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """Torchtitan's bf16 rows (float8 is not modelled).
 
     Its H100 has HBM2e and a limit of 500 W, by which its products are slower than those of the 700 W H100.
     """
-    for row in rows(table):
+    for row in found:
         if "loat8" in row["variant"]:
             continue
         shape = llama(4096, 32, 32, 8, 14336, 128256, int(row["seq"]))
@@ -306,9 +329,9 @@ def _torchtitan(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{row['table']} {row['variant']}", row["use"], job, layout, seconds)
 
 
-def _fugaku(table: str, machines: Machines) -> Iterator[Case]:
+def _fugaku(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """The team's runs: fp32, one rank per node, 2.0 GHz; model parallelism is 1D over 4 nodes."""
-    for row in rows(table):
+    for row in found:
         width, layers, heads, sequence, vocabulary = _sizes(row, "hidden", "layers", "heads", "seq", "vocab")
         tp, pp, dp, batch, nodes = _sizes(row, "tp", "pp", "dp", "global_batch", "nodes")
         shape = gpt(width, layers, heads, sequence, vocabulary)
@@ -317,9 +340,9 @@ def _fugaku(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{row['model']} on {nodes}", row["use"], job, layout, float(row["s_per_step"]))
 
 
-def _talk(table: str, machines: Machines) -> Iterator[Case]:
+def _talk(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """The talk's table: TFLOP/s per CPU, in which the row of one CPU counts the recomputed forward pass."""
-    for row in rows(table):
+    for row in found:
         dp, tp = _sizes(row, "dp", "mp")
         shape = gpt(2048, 24, 32, 1024, 50304)
         job = Job(shape, machines("fugaku-2.0"), stacks.FUGAKU_2022, 1024, "fp32")
@@ -333,10 +356,10 @@ def _talk(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{dp * tp} CPUs", row["use"], job, layout, seconds)
 
 
-def _zero3_azure(table: str, machines: Machines) -> Iterator[Case]:
+def _zero3_azure(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """DeepSpeed ZeRO-3 on Azure; TFLOP/s count the recomputed forward pass. Offload rows are of one V100."""
     shape = gpt(12288, 96, 96, 512)
-    for row in rows(table):
+    for row in found:
         tflops = float(row["value"])
         if row["kind"] == "zero3":
             job = Job(replace(shape, sequence=int(row["seq"])), machines("a100-80"), stacks.ZERO_2021, 0)
@@ -364,9 +387,9 @@ def shape_of(billions: float, sequence: int, vocabulary: int = 32000) -> Shape:
     return best[1]
 
 
-def _maxtext(table: str, machines: Machines) -> Iterator[Case]:
+def _maxtext(table: str, found: Rows, machines: Machines) -> Iterator[Case]:
     """MaxText on TPU: model shapes and batches are not said; a shape of that size, ZeRO-3, the best micro-batch."""
-    for row in rows(table):
+    for row in found:
         shape = shape_of(float(row["model"].removesuffix("B")), 2048)
         machine = machines(f"tpu-{row['tpu']}")
         chips = int(row["chips"])
@@ -377,7 +400,7 @@ def _maxtext(table: str, machines: Machines) -> Iterator[Case]:
         yield Case(table, f"{row['model']} {row['slice_type']}", row["use"], job, layouts, seconds)
 
 
-READERS: dict[str, Callable[[str, Machines], Iterator[Case]]] = {
+READERS: dict[str, Callable[[str, Rows, Machines], Iterator[Case]]] = {
     "seed_fugaku_1p3B": _talk,
     "fugaku_runs": _fugaku,
     "megatron_sc21_table1": _sc21_table1,
@@ -398,6 +421,6 @@ READERS: dict[str, Callable[[str, Machines], Iterator[Case]]] = {
 }
 
 
-def every(machines: Machines = load) -> dict[str, list[Case]]:
+def every(machines: Machines = load, folder: Path | None = None) -> dict[str, list[Case]]:
     """All cases of all tables."""
-    return {table: cases(table, machines) for table in READERS}
+    return {table: cases(table, machines, folder) for table in READERS}

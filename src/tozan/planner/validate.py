@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
+from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import parameters
 from tozan.planner import collectives, costs, published, stacks
 from tozan.planner.candidates import Floats, candidates
@@ -88,36 +90,46 @@ class Report:
     text: str = ""
 
 
-def validate(rows_too: bool = False) -> Report:
+def validate(rows_too: bool = False, folder: Path | None = None) -> Report:
     """Predict every published table.
 
     Args:
         rows_too: print every row as well.
+        folder: of other rows of these tables, to be predicted in place of tozan's own: CSV files with the same names
+            and columns, as many of them as there are.
+
+    Raises:
+        UserError: no file of the folder is one of these tables, or one cannot be read.
     """
     report = Report()
     machines = {
         name: load(name) for name in ("a100-80", "a100-40", "h100-80", "v100-32", "fugaku-2.0", "tpu-v4", "tpu-v5e")
     }
-    tables = published.every(lambda name: machines[name])
+    tables = published.every(lambda name: machines[name], folder)
+    if not any(tables.values()) and not rows("korthikanti_memory", folder):
+        fix = f"files such as {next(iter(published.READERS))}.csv"
+        raise UserError(Problem(f"--tables {folder}", "holds no row of any table that tozan has", fix))
     details: list[str] = []
     inside: dict[str, list[bool]] = {"calibration": [], "public": []}
     for table, cases in tables.items():
-        report.lines.append(_line(table, cases))
+        if cases:
+            report.lines.append(_line(table, cases))
         for case in cases:
             seconds = case.predict()
             low, high = bounds(case.job.machine, seconds)
-            inside[case.use].append(low <= case.seconds <= high)
+            inside.setdefault(case.use, []).append(low <= case.seconds <= high)
             details.append(
                 f"{table:34} {case.label:40} {case.seconds:11.3f} {seconds:11.3f} {seconds / case.seconds - 1:+7.1%}"
             )
-    report.lines += _memory_lines(machines["a100-80"])
-    report.lines.append(_whole_memory_line(tables))
-    report.lines += [_collective_line(machines), _cluster_line(machines["h100-80"])]
-    report.lines += [_energy_line(), _palm_line(machines), _scalar_line(machines["a100-80"])]
+    report.lines += _memory_lines(machines["a100-80"], folder)
+    if folder is None:
+        report.lines.append(_whole_memory_line(tables))
+        report.lines += [_collective_line(machines), _cluster_line(machines["h100-80"])]
+        report.lines += [_energy_line(), _palm_line(machines), _scalar_line(machines["a100-80"])]
     report.coverage = {use: (fmean(found), len(found)) for use, found in inside.items() if found}
     ranked = [case for table in ("vtrain_multi", "vtrain_single", "bigscience_bloom_tuning") for case in tables[table]]
     report.kendall, report.kendall_jobs, report.regret, report.groups = _ranking(ranked)
-    report.notes = _notes(tables)
+    report.notes = _notes(tables) if folder is None else []
     report.text = _text(report, details if rows_too else [])
     return report
 
@@ -165,14 +177,14 @@ def _compare(table: str, found: list[Triple], constant: bool = True) -> Line:
     )
 
 
-def _memory_lines(machine: Machine) -> list[Line]:
+def _memory_lines(machine: Machine, folder: Path | None) -> list[Line]:
     """Korthikanti's figures 1 and 7. Their state is that of the blocks alone, without embeddings: so is ours here."""
     sizes = {row["model"]: row for row in rows("korthikanti_table5")}
     modes = {"none": (0, "none"), "seq": (1, "none"), "selective": (0, "selective")}
     modes |= {"seq+selective": (1, "selective"), "full": (0, "full")}
     state: list[Triple] = []
     kept: list[Triple] = []
-    for row in rows("korthikanti_memory"):
+    for row in rows("korthikanti_memory", folder):
         size = {key: int(sizes[row["model"]][key]) for key in ("hidden", "layers", "heads", "tp", "pp", "virtual_pp")}
         batch, micro = (int(sizes[row["model"]][key]) for key in ("global_batch", "micro_batch"))
         job = Job(gpt(size["hidden"], size["layers"], size["heads"], 2048), machine, stacks.MEGATRON_2022, batch)
@@ -201,6 +213,7 @@ def _memory_lines(machine: Machine) -> list[Line]:
     return [
         _compare(name, found, constant=False)
         for name, found in (("memory: parameters and optimizer", state), ("memory: activations", kept))
+        if found
     ]
 
 
@@ -297,6 +310,8 @@ def _ranking(cases: list[Case]) -> tuple[float, float, float, int]:
         taus.append(fmean(signs))
         chosen = members[int(np.argmin(predicted))].seconds
         regrets.append(chosen / min(case.seconds for case in members) - 1)
+    if not taus:
+        return 0.0, 0.0, 0.0, 0
     return agree / pairs, fmean(taus), fmean(regrets), len(regrets)
 
 
@@ -339,12 +354,12 @@ def _text(report: Report, details: list[str]) -> str:
         lines.append(
             f"80% interval holds {share:.0%} of {count} {use} rows" + (" (bar: 75–85%)" if use == "public" else "")
         )
-    lines.append(
+    ranking = (
         f"rank order of layouts: Kendall τ {report.kendall:.3f} over pairs, {report.kendall_jobs:.3f} as the mean over "
         f"jobs (bar: 0.75); regret of the chosen layout {report.regret:.1%} (bar: 2%); {report.groups} jobs with ≥ 3 "
         "layouts"
     )
-    lines += report.notes
+    lines += [ranking] * bool(report.groups) + report.notes
     lines.append(
         "error: mean |predicted / measured − 1|. constant: the same for one share of peak fitted to these very rows."
     )
