@@ -140,5 +140,8 @@ def test_a_store_that_cannot_listen_is_an_error_and_no_waiting():
         with pytest.raises(UserError, match=r"can listen on 203\.0\.113\.9"):
             node.store("203.0.113.9")  # kept free for documentation: nobody has it
         assert node.store("127.0.0.1") > 0
+        port = node.store("127.0.0.2")  # once it is known by which address others come
+        socket.create_connection(("127.0.0.2", port)).close()
+        assert node.events() == []  # and the end of the first one is no loss
     finally:
         node.close()

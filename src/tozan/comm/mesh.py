@@ -77,7 +77,7 @@ class Mesh:
     ) -> Mesh:
         """Make the groups of every axis; all ranks must call it alike.
 
-        A gloo group costs three threads and a socket per peer, so groups are made once, here, axes with the same ranks
+        A gloo group costs two threads and a socket per peer, so groups are made once, here, axes with the same ranks
         share one, and axes of size 1 have none.
 
         Args:
