@@ -94,6 +94,26 @@ def test_a_ring_shares_tokens_and_the_causal_half():
     assert found["forward"] - ring["forward"] == pytest.approx(1e-12 * 4 * scores * 64)
 
 
+def test_llama_has_norms_of_its_own_and_turns_queries_and_keys():
+    """Nine norms of four blocks and the last; queries of four heads and keys of two, of 64 each, in every block."""
+    own = {
+        "rms_forward": (1e-9, 0),
+        "rms_backward": (2e-9, 0),
+        "rotary_forward": (3e-9, 0),
+        "rotary_backward": (4e-9, 0),
+    }
+    plain = {"norm_forward": (0, 0), "norm_backward": (0, 0)}
+    llama = dataclasses.replace(trip(), shape=dataclasses.replace(SHAPE, family="llama", kv_heads=2))
+    without, with_own = (
+        local.step(llama, machine(1).model_copy(update={"trainer": (UNIT.model_copy(update=units),)}), "bf16")
+        for units in (plain, plain | own)
+    )
+    tokens, calls = llama.micro_batch * llama.tokens, llama.accumulate
+    turned = 4 * tokens * (4 + 2) * 64
+    both = with_own["forward"] + with_own["backward"] - without["forward"] - without["backward"]
+    assert both == pytest.approx(calls * (9 * tokens * 256 * 3e-9 + turned * 7e-9))
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_block_keeps_what_autograd_keeps(family, mode):

@@ -116,8 +116,8 @@ def layers_of(name: str) -> int:
 
 
 def batch_of(name: str) -> int:
-    """No more micro-batches than it takes for every rank to have two, or a pipeline of four something to fill it."""
-    return 16 if any(many in name for many in ("dp4", "dp8", "pp4", "dp2-tp4")) else 8
+    """Enough for two micro-batches a rank (one on a grid), or to fill a pipeline of four."""
+    return 16 if any(many in name for many in ("dp4", "dp8", "pp4", "2d", "2.5d")) else 8
 
 
 def flags_of(name: str, model: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tozan.bench.measure import times
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import Attention, Linear
+from tozan.models.layers import Attention, Linear, Rotary
 from tozan.ops import gelu, linear_cross_entropy, swiglu
 from tozan.optim.adamw import AdamW
 from tozan.optim.gradients import norm_of_sums, scale_gradients, squares_of, sums_of_squares
@@ -83,12 +83,15 @@ def measure(precision: str, seconds: float, shrink: int = 1) -> dict[str, list[f
         [[2.0 * n * i * o, i * o, n * (i + o), 1] for n, i, o in linears],
         [_linear(dtype, seconds, *size) for size in linears],
     )
-    note("norm", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, *size) for size in streams])
+    note("norm", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.LayerNorm, *size) for size in streams])
+    note("rms", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.RMSNorm, *size) for size in streams])
     inner = [(n, 4 * d) for n, d in streams]
     note("gelu", [[n * f, 1] for n, f in inner], [_activation(dtype, seconds, False, *size) for size in inner])
     note("swiglu", [[n * f, 1] for n, f in inner], [_activation(dtype, seconds, True, *size) for size in inner])
     scores = [[2.0 * b * h * t * t * s, b * h * t * t / 2, b * h * t * s, b] for b, h, t, s in attentions]
     note("attention", scores, [_attention(dtype, seconds, *size) for size in attentions])
+    turned = [[1.0 * b * h * t * s, 1] for b, h, t, s in attentions]
+    note("rotary", turned, [_rotary(dtype, seconds, *size) for size in attentions])
     note("ring", scores, [_ring(dtype, seconds, *size) for size in attentions])
     both = [sum(_head(dtype, seconds, *size)) for size in heads]
     found["head"] = fit([[6.0 * n * d * v, n * v, d * v, 1] for n, d, v in heads], both)
@@ -153,9 +156,9 @@ def _linear(dtype: torch.dtype | None, seconds: float, tokens: int, inputs: int,
     return _passes(seconds, dtype, lambda: layer(source), source)
 
 
-def _norm(dtype: torch.dtype | None, seconds: float, tokens: int, width: int) -> Times:
+def _norm(dtype: torch.dtype | None, seconds: float, kind: type[nn.Module], tokens: int, width: int) -> Times:
     """A residual sum and the norm after it, cast to the compute type."""
-    norm = nn.LayerNorm(width)
+    norm = kind(width)
     x = torch.randn(tokens, width, requires_grad=True)
     branch = torch.randn(tokens, width).to(dtype or torch.float32).requires_grad_()
 
@@ -181,6 +184,13 @@ def _attention(dtype: torch.dtype | None, seconds: float, batch: int, heads: int
     attention.proj = nn.Identity()
     qkv = torch.randn(batch, tokens, 3 * heads * size).to(dtype or torch.float32).requires_grad_()
     return _passes(seconds, dtype, lambda: attention(qkv), qkv)
+
+
+def _rotary(dtype: torch.dtype | None, seconds: float, batch: int, heads: int, tokens: int, size: int) -> Times:
+    """Rotation of queries or keys, which lie as their linear layer left them."""
+    rotary = Rotary(size, tokens, 1e4)
+    x = torch.randn(batch, tokens, heads, size).to(dtype or torch.float32).requires_grad_()
+    return _passes(seconds, dtype, lambda: rotary(x.transpose(1, 2)), x)
 
 
 def _ring(dtype: torch.dtype | None, seconds: float, batch: int, heads: int, tokens: int, size: int) -> Times:

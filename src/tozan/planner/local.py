@@ -110,7 +110,7 @@ def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
     if here["pp"] == 0:
         ends += table
     if here["pp"] == last:
-        ends += head + _dot(unit.norm_forward, tokens * width, 1) + _dot(unit.norm_backward, tokens * width, 1)
+        ends += head + sum(_dot(way, tokens * width, 1) for way in _norms(trip, unit))
         if last and shape.tied:
             ends += table + 2 / 3 * head
     pieces = tuple(map(len, trip.pieces(here["pp"])))
@@ -151,15 +151,34 @@ def _block(trip: Trip, unit: Trainer, recompute: str) -> tuple[float, float, flo
     stream = tokens * shape.width // (layout.tp if trip.sequence_parallel else max(1, grid))
     inner = tokens * shape.mlp_width // parts
     gated = shape.family == "llama"
-    norm = _dot(unit.norm_forward, stream, 1)
+    norm, norm_back = (_dot(way, stream, 1) for way in _norms(trip, unit))
     act = _dot(unit.swiglu_forward if gated else unit.gelu_forward, inner, 1)
     act_back = _dot(unit.swiglu_backward if gated else unit.gelu_backward, inner, 1)
     attention = _attention(trip, unit, tokens, parts)
     forward += NORMS * norm + act + attention[0]
-    backward += NORMS * _dot(unit.norm_backward, stream, 1) + act_back + attention[1]
+    backward += NORMS * norm_back + act_back + attention[1]
     light = (1 if gated else 2) * norm + act
     again = {"none": 0.0, "selective": light, "full": forward}[recompute]
     return forward, backward, again
+
+
+def _norms(trip: Trip, unit: Trainer) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Coefficients of a norm, forward and backward: of LLaMA's own if they were measured."""
+    if trip.shape.family == "llama" and unit.rms_forward and unit.rms_backward:
+        return unit.rms_forward, unit.rms_backward
+    return unit.norm_forward, unit.norm_backward
+
+
+def _rotary(trip: Trip, unit: Trainer, rows: float) -> tuple[float, float]:
+    """Seconds of turning queries and keys, forward and backward, for `rows` heads of tokens among the queries."""
+    if trip.shape.family != "llama" or not (unit.rotary_forward and unit.rotary_backward):
+        return 0.0, 0.0
+    keys = rows * trip.shape.kv_heads / trip.shape.heads
+    forward, backward = (
+        sum(_dot(way, heads * trip.shape.head_size, 1) for heads in (rows, keys))
+        for way in (unit.rotary_forward, unit.rotary_backward)
+    )
+    return forward, backward
 
 
 def _attention(trip: Trip, unit: Trainer, tokens: int, parts: int) -> tuple[float, float]:
@@ -174,7 +193,9 @@ def _attention(trip: Trip, unit: Trainer, tokens: int, parts: int) -> tuple[floa
     ways = unit.attention_forward, unit.attention_backward
     if steps > 1 and unit.ring_forward and unit.ring_backward:
         ways = unit.ring_forward, unit.ring_backward
-    return steps * _dot(ways[0], *terms), steps * _dot(ways[1], *terms)
+    turned = _rotary(trip, unit, rows)
+    forward, backward = (steps * _dot(way, *terms) for way in ways)
+    return forward + turned[0], backward + turned[1]
 
 
 def _communication(trip: Trip, machine: Machine) -> dict[str, float]:

@@ -170,8 +170,8 @@ class Trainer(_Table):
     """What tozan's own operations take on one rank, as `tozan bench calibrate` measured them (see `bench.units`).
 
     Coefficients are seconds, in order per: FLOP, weight, activation read or written, and call (`linear`); element and
-    call (`norm`, `gelu`, `swiglu`); FLOP, score, element and sample (`attention`, `ring`); FLOP, logit, weight and call
-    (`head`); activation, weight and call (`embedding`); parameter (`optimizer`).
+    call (`norm`, `rms`, `gelu`, `swiglu`, `rotary`); FLOP, score, element and sample (`attention`, `ring`); FLOP,
+    logit, weight and call (`head`); activation, weight and call (`embedding`); parameter (`optimizer`).
     """
 
     precision: Precision
@@ -186,6 +186,14 @@ class Trainer(_Table):
     """A residual sum and the norm after it."""
     norm_backward: tuple[float, float]
     """Its gradients."""
+    rms_forward: tuple[float, float] | None = None
+    """The same with LLaMA's norm."""
+    rms_backward: tuple[float, float] | None = None
+    """Its gradients."""
+    rotary_forward: tuple[float, float] | None = None
+    """Queries and keys, turned by their positions."""
+    rotary_backward: tuple[float, float] | None = None
+    """Their gradients."""
     gelu_forward: tuple[float, float]
     """GELU."""
     gelu_backward: tuple[float, float]
