@@ -65,7 +65,7 @@ def fit(run: Run, on_record: Listener | None = None, deadline: Deadline | None =
     metrics = Metrics.open(run.folder, config, on_record) if run.writes else Metrics([])
     breakdown = Breakdown(run.folder, run.split.mesh.rank, run.split.mesh.ledger, run.split.stage)
     deadline = deadline or Deadline.of(config, run.split.mesh)
-    result, score = None, None
+    result = None
     try:
         with (
             open_saver(run) as saver,
@@ -73,12 +73,7 @@ def fit(run: Run, on_record: Listener | None = None, deadline: Deadline | None =
             open_profiler(run) as profiler,
             deadline.ends(),
         ):
-            for event, text in run.notes:
-                metrics.write("event", run.step, event=event, text=text)
-            if run.step == 0 and config.eval.every:
-                with deadline.during("evaluation"):
-                    score = evaluate(run, metrics)
-            run.copies.keep(run)
+            score = before_steps(run, metrics, deadline)
             if run.copies.leave:
                 stop.received = signal.SIGTERM
             bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize, run.split.mesh.ledger)
@@ -109,6 +104,18 @@ def fit(run: Run, on_record: Listener | None = None, deadline: Deadline | None =
         breakdown.close()
         write_ledger(run)
     return Result(run.folder, run.step, result.loss if result else None, score)
+
+
+def before_steps(run: Run, metrics: Metrics, deadline: Deadline) -> dict[str, float | int] | None:
+    """What is due before a process's first step: notes of its start, the score of fresh weights, the copy in memory."""
+    for event, text in run.notes:
+        metrics.write("event", run.step, event=event, text=text)
+    score = None
+    if run.step == 0 and run.config.eval.every:
+        with deadline.during("evaluation"):
+            score = evaluate(run, metrics)
+    run.copies.keep(run)
+    return score
 
 
 def between_steps(
