@@ -87,6 +87,7 @@ RUNS = [
 def take_steps(path: Path, flags: list[str]) -> None:
     """One rank: the run's steps, and what they took."""
     from tozan.comm.launch import join
+    from tozan.comm.processor import largest_resident_set
     from tozan.train.faults import StopSignal
     from tozan.train.loop import advance
     from tozan.train.metrics import Clock
@@ -105,8 +106,7 @@ def take_steps(path: Path, flags: list[str]) -> None:
                 stop.agreed()
                 advance(run, train_step(run, clock))
                 times.append(time.perf_counter() - begin)
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        peak = largest_resident_set()
         mesh.ledger.write(run.folder / f"ledger-{mesh.rank}.jsonl", mesh.rank)
         result = {"seconds": statistics.median(times[1:]), "peak": peak}
         (run.folder / f"result-{mesh.rank}.json").write_text(json.dumps(result), encoding="utf-8")

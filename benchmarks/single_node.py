@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from tozan import data
+from tozan.comm.processor import largest_resident_set
 from tozan.config import Loaded, load
 from tozan.data import Dataset
 from tozan.models.arithmetic import Shape, model_flops
@@ -158,12 +159,6 @@ def alone(side: str) -> tuple[float, float]:
     command = [sys.executable, __file__, *sys.argv[1:], "--only", side]
     rate, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
     return float(rate), float(peak)
-
-
-def largest_resident_set() -> int:
-    """Bytes: VmHWM, which the kernel keeps for each process."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def compare_memory() -> None:

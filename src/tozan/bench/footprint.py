@@ -14,6 +14,7 @@ from pathlib import Path
 from tozan import data
 from tozan.bench import step
 from tozan.comm.launch import join
+from tozan.comm.processor import largest_resident_set
 from tozan.config import load
 from tozan.ops import native
 from tozan.train import assemble
@@ -50,11 +51,9 @@ def main(ranks: int, folder: Path) -> None:
         run = assemble(loaded, mesh)
         for _ in range(loaded.config.train.steps):
             step.lap(run)
-        # Not getrusage: what that counts begins with the memory of the process that started this one.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
         tensors = native.arena_bytes()
-        (folder / f"{mesh.rank}.json").write_text(json.dumps(peak - (tensors[2] if tensors else 0)), encoding="utf-8")
+        beside = largest_resident_set() - (tensors[2] if tensors else 0)
+        (folder / f"{mesh.rank}.json").write_text(json.dumps(beside), encoding="utf-8")
 
 
 if __name__ == "__main__":
