@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tozan.planner.books import Trip, held, residual, units
+from tozan.planner.books import CHUNK_ELEMENTS, Trip, held, residual, units
 from tozan.planner.kept import kept
 from tozan.planner.machine import Machine
 from tozan.schedules import create
 
 LOGITS = 1 << 26
 """Logits of a chunk of the output loss (`ops.cross_entropy`); sharded vocabularies take `books.CHUNK_ELEMENTS`."""
-SHARDED_LOGITS = 1 << 24
 IN_FLIGHT = 2
 """Units of gradients on their way to the replicas at once (`parallel.synchronizer`)."""
 CHUNK_BYTES = 4 << 20
@@ -188,7 +187,7 @@ def _head(trip: Trip, table: float, copied: bool) -> float:
     columns = shape.vocabulary // layout.sizes["tp_col"]
     tokens = trip.micro_batch * shape.sequence // (layout.grid * layout.tp_depth if layout.scheme != "1d" else 1)
     width = shape.width // (layout.grid if layout.scheme != "1d" else 1)
-    chunk = min(tokens * columns, LOGITS if layout.tp == 1 else SHARDED_LOGITS)
+    chunk = min(tokens * columns, LOGITS if layout.tp == 1 else CHUNK_ELEMENTS)
     # Sharded ones are there in the compute type, wide, and as exponentials.
     logits = chunk * (trip.item if layout.tp == 1 else trip.item + 2 * trip.state_item)
     cast = copied or (layout.tp > 1 and trip.item != trip.state_item)
