@@ -170,15 +170,11 @@ def _norms(trip: Trip, unit: Trainer) -> tuple[tuple[float, float], tuple[float,
 
 
 def _rotary(trip: Trip, unit: Trainer, rows: float) -> tuple[float, float]:
-    """Seconds of turning queries and keys, forward and backward, for `rows` heads of tokens among the queries."""
+    """Seconds of turning queries and keys in one call, forward and backward; `rows`: heads of tokens of the queries."""
     if trip.shape.family != "llama" or not (unit.rotary_forward and unit.rotary_backward):
         return 0.0, 0.0
-    keys = rows * trip.shape.kv_heads / trip.shape.heads
-    forward, backward = (
-        sum(_dot(way, heads * trip.shape.head_size, 1) for heads in (rows, keys))
-        for way in (unit.rotary_forward, unit.rotary_backward)
-    )
-    return forward, backward
+    elements = rows * (1 + trip.shape.kv_heads / trip.shape.heads) * trip.shape.head_size
+    return _dot(unit.rotary_forward, elements, 1), _dot(unit.rotary_backward, elements, 1)
 
 
 def _attention(trip: Trip, unit: Trainer, tokens: int, parts: int) -> tuple[float, float]:
