@@ -11,6 +11,7 @@ import pytest
 
 from tozan import data
 from tozan.config import Loaded, load
+from tozan.ops import native
 
 CONFIG = """
 version = 1
@@ -43,6 +44,13 @@ def no_peak():
     """The machine's peak, which takes 0.3 s of each run, is not measured: nobody looks at MFU."""
     with patch("tozan.train.machine.measure_gemm_rate", lambda *_: 1e12):
         yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_as_found():
+    """What a run chooses holds for its whole process: later tests are to find what they would find alone."""
+    yield
+    native.choose("auto")
 
 
 @pytest.fixture(scope="session")
