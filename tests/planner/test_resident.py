@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import spawn
 
 from tozan.bench import step
 from tozan.comm import Mesh
 from tozan.config import load
-from tozan.ops import native
+from tozan.ops import native, products
 from tozan.planner.machine import load as machine
 from tozan.planner.predict import trip_of
 from tozan.planner.resident import resident
@@ -45,6 +46,6 @@ def most_held(flags: tuple[str, ...], folder: Path) -> int:
 def test_no_more_and_hardly_less_is_held_than_forecast(layout, tmp_path):
     found = max(spawn(2, most_held, layout, tmp_path))
     any_other = machine("xeon-amx")
-    device = any_other.device.model_copy(update={"weight_copies": not native.products_pay()})
+    device = any_other.device.model_copy(update={"weight_copies": not products.pays(torch.bfloat16)})
     parts = resident(trip_of(load(None, [*SMALL, *layout]).config), any_other.model_copy(update={"device": device}))
     assert found == pytest.approx(sum(parts.values()) - parts["reserve"], rel=0.08)

@@ -81,8 +81,8 @@ threads = 1
 memory = "off"
 """
 
-OUTSIDE = ("checkpoint", "GPUs")
-"""Names of what is sent outside of steps: a few bytes by which the ranks agree on a checkpoint, and on devices."""
+OUTSIDE = ("checkpoint", "GPUs", "kernels")
+"""Names of what is sent outside of steps: a few bytes by which ranks agree on a checkpoint, devices and kernels."""
 
 
 def run_rank(path: Path, words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""GPUs among the ranks of a machine; this one needs none."""
+"""What the ranks of a run share out and agree on: GPUs, of which this machine needs none, and AMX tiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ranks import spawn
 from tozan.comm import Mesh
 from tozan.errors import UserError
 from tozan.layout import Layout
-from tozan.train.machine import choose_device, own_gpu
+from tozan.ops import products, tiles
+from tozan.ops.tiles import Verdict
+from tozan.train.machine import agree_on_tiles, choose_device, own_gpu
 
 
 def test_ranks_of_a_machine_share_out_the_gpus_that_they_all_see():
@@ -57,3 +59,22 @@ def test_each_rank_computes_on_a_gpu_of_its_own():
     assert spawn(2, _device, 2) == [("cuda:0", [0], "cuda"), ("cuda:1", [1], "cuda")]
     assert spawn(2, _device, 0) == [("cpu", [], "cpu")] * 2
     assert all("2 ranks on" in said and "has 1 GPU:" in said for said in spawn(2, _device, 1))
+
+
+def _uses_tiles(able):
+    """Whether this rank of two makes products on tiles, if the ranks `able` could; and what it warns of."""
+    mesh = Mesh.create(Layout(dp=2))
+    found = (object(), Verdict(True, "faster")) if mesh.rank in able else (None, None)
+    with mock.patch.object(tiles, "_found", return_value=found):
+        agree_on_tiles(mesh)
+        said = tiles.library() is not None, products.trouble(torch.bfloat16)
+    tiles.allow(True)
+    return said
+
+
+def test_all_ranks_make_products_on_tiles_or_none():
+    """Nodes may differ in what they have measured, if they share no cache."""
+    assert spawn(2, _uses_tiles, (0, 1)) == [(True, "")] * 2
+    warning = "products on AMX tiles are not used: other ranks of this run do not use AMX tiles"
+    assert spawn(2, _uses_tiles, (0,)) == [(False, warning), (False, "")]
+    assert spawn(2, _uses_tiles, ()) == [(False, "")] * 2

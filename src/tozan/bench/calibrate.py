@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from tozan.bench import between, footprint, units
 from tozan.comm import processor
-from tozan.ops import native
+from tozan.ops import products
 from tozan.train.machine import set_allocator
 
 SHAPES = (
@@ -138,7 +138,7 @@ def toml(found: Measured) -> str:
         'kind = "cpu"',
         f"memory = {psutil.virtual_memory().total:.4g}",
         f"reserve = {found.resident:.4g}",
-        f"weight_copies = {json.dumps(not native.products_pay())}",
+        f"weight_copies = {json.dumps(not products.pays(torch.bfloat16))}",
         f"bandwidth = {found.bandwidth:.4g}",
         f"bandwidth_efficiency = {found.elementwise:.4g}",
         f"peak = {{ {numbers} }}",

@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp`, `gemm.cpp` and `arena.cpp` for this processor at first use and keeps them in a cache folder.
+"""Compiles kernels (the `.cpp` files beside this one) for this processor at first use and keeps them in a cache folder.
 
 The folder is `$XDG_CACHE_HOME/tozan/kernels` (else `~/.cache/…`), closed to other users: what lies there is code that
 this process runs. A library's name is a hash of source, flags and processor, and it appears there by a rename, so a
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -90,7 +91,16 @@ def products_pay() -> bool:
     return library is not None and bool(library.gemm_pays())
 
 
-def product(variant: str, a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None, *, add: bool) -> None:
+def product(
+    variant: str,
+    a: Tensor,
+    b: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    *,
+    add: bool,
+    library: ctypes.CDLL | None = None,
+) -> None:
     """Writes A · B + bias into y, or adds it.
 
     Args:
@@ -100,8 +110,9 @@ def product(variant: str, a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None, 
         y: (m, n), contiguous.
         bias: (n,) in fp32.
         add: to what y holds, which must be fp32.
+        library: which holds the product; default: that of AVX-512.
     """
-    library = _products()
+    library = library or _products()
     assert library is not None
     strides = (*a.stride(), *b.stride())
     operands = [ctypes.c_void_p(t.data_ptr()) for t in (a, b)]
@@ -132,13 +143,13 @@ def _argument(value: Tensor | int | None) -> object:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The kernels, or why there are none."""
-    return _library(SOURCE)
+    return open_library(SOURCE)
 
 
 @functools.cache
 def _products() -> ctypes.CDLL | None:
     """The library of matrix products, if it can be compiled and this processor has the instructions."""
-    library = _library(PRODUCTS_SOURCE)[0]
+    library = open_library(PRODUCTS_SOURCE)[0]
     return library if hasattr(library, "gemm_pays") else None
 
 
@@ -173,7 +184,7 @@ def _arena() -> tuple[ctypes.CDLL | None, str]:
     folder = Path(torch.__file__).parent
     # Its classes are PyTorch's own, so a library serves one build of PyTorch only.
     flags = [f"-I{folder / 'include'}", f'-DTORCH="{torch.__version__}"', f"-L{folder / 'lib'}", "-lc10"]
-    library, why = _library(ARENA_SOURCE, flags)
+    library, why = open_library(ARENA_SOURCE, flags)
     if library is None:
         return None, why
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -182,8 +193,8 @@ def _arena() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def _library(source: Path, more: Sequence[str] = ()) -> tuple[ctypes.CDLL | None, str]:
-    """A library, or why there is none."""
+def open_library(source: Path, more: Sequence[str] = ()) -> tuple[ctypes.CDLL | None, str]:
+    """A library, compiled unless the cache has it, or why there is none."""
     try:
         library = ctypes.CDLL(str(build(cache_folder(), source, more)))
     except OSError as error:
@@ -213,13 +224,20 @@ def build(folder: Path, source: Path | None = None, more: Sequence[str] = ()) ->
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(folder)
     flags = map(str.encode, [*_flags(), *more])
-    name = hashlib.sha256(b"\0".join([source.read_bytes(), *flags, _processor()])).hexdigest()
+    name = hashlib.sha256(b"\0".join([*_texts(source), *flags, _processor()])).hexdigest()
     path = folder / f"{name[:32]}.so"
-    with contextlib.nullcontext() if path.exists() else _turn(folder / f"{name[:32]}.{platform.node()}.lock", path):
+    with contextlib.nullcontext() if path.exists() else turn(folder / f"{name[:32]}.{platform.node()}.lock", path):
         if not path.exists():
             _compile(path, source, more)
     _require_private(path)
     return path
+
+
+def _texts(source: Path) -> list[bytes]:
+    """A source, and the files beside it that it includes."""
+    text = source.read_bytes()
+    included = re.findall(rb'^#include "(.+)"', text, re.MULTILINE)
+    return [text, *((source.parent / name.decode()).read_bytes() for name in included)]
 
 
 def _flags() -> list[str]:
@@ -244,8 +262,8 @@ def _require_private(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _turn(lock: Path, made: Path) -> Iterator[None]:
-    """Waits until no other process of this node compiles, or `made` exists, or patience ends."""
+def turn(lock: Path, made: Path) -> Iterator[None]:
+    """Waits until no other process of this node holds the lock, or `made` exists, or patience ends."""
     with lock.open("w") as file:
         end = time.monotonic() + PATIENCE
         while not made.exists() and time.monotonic() < end:

@@ -1,8 +1,9 @@
 """Matrix products and linear layers, by a kernel of tozan's own where that is faster than PyTorch's libraries.
 
-The kernel (`gemm.cpp`) takes operands of any layout and type as they are: fp32 weights go into a bf16 product without
-a copy, and a result is written in the type that whoever comes next wants, or added to what is there. So nothing is
-transposed or cast on the way. Where the kernel does not pay (see `usable`), PyTorch does the same work.
+The kernels (`gemm.cpp` on AVX-512, `gemm_tiles.cpp` on AMX) take operands of any layout and type as they are: fp32
+weights go into a bf16 product without a copy, and a result is written in the type that whoever comes next wants, or
+added to what is there. So nothing is transposed or cast on the way. Where no kernel pays (see `pays`), PyTorch does the
+same work.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tozan.ops import native
+from tozan.ops import native, tiles
 
 LEAST_ROWS = 24
 """Rows of a result from which the kernel is used: below, packing the other operand costs more than the product."""
@@ -31,12 +32,35 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def usable(dtype: torch.dtype, rows: int, *tensors: Tensor | None) -> bool:
-    """Whether the kernel takes a product that runs in `dtype` and has so many rows, and pays.
+    """Whether a kernel takes a product that runs in `dtype` and has so many rows, and pays."""
+    return rows >= LEAST_ROWS and dtype in _LETTERS and native.usable(*tensors) and pays(dtype)
 
-    Measured on AMD's Zen 4, where PyTorch's libraries, which are Intel's, leave a part of the rate. Intel's own
-    processors keep them.
+
+def pays(dtype: torch.dtype) -> bool:
+    """Whether products that run in `dtype` have a kernel on this processor that is faster than PyTorch's libraries.
+
+    On AVX-512 that was measured on AMD's Zen 4, where PyTorch's libraries, which are Intel's, leave a part of the rate;
+    on AMX tiles, which take bf16 only, it is measured where they are.
     """
-    return rows >= LEAST_ROWS and dtype in _LETTERS and native.usable(*tensors) and native.products_pay()
+    return (dtype == torch.bfloat16 and tiles.library() is not None) or native.products_pay()
+
+
+def status() -> str:
+    """Who makes the products of linear layers on this processor, and why."""
+    if native.status() != native.COMPILED:
+        return native.status()
+    found = tiles.verdict()
+    if found and found.use:
+        return f"bf16 by tozan on AMX tiles: {found.why}; others by PyTorch's libraries"
+    if native.products_pay():
+        return "fp32 and bf16 by tozan on AVX-512, others by PyTorch's libraries"
+    return f"PyTorch's libraries; tozan's on AMX tiles: {found.why}" if found else "PyTorch's libraries"
+
+
+def trouble(dtype: torch.dtype) -> str:
+    """Why products in `dtype` go without a kernel that should serve here, for a warning; empty if all is well."""
+    found = tiles.verdict() if dtype == torch.bfloat16 and native.usable() else None
+    return f"products on AMX tiles are not used: {found.why}" if found and found.failed else ""
 
 
 def product_reference(
@@ -81,7 +105,9 @@ def product(
     variant = _LETTERS[a.dtype] + _LETTERS[b.dtype] + _LETTERS[y.dtype]
     if variant not in native.PRODUCTS:  # fp32 operands with a bf16 result
         return product_reference(a, b, dtype, result, bias)
-    native.product(variant, a, b, y, None if bias is None else bias.float().contiguous(), add=into is not None)
+    full_bias = None if bias is None else bias.float().contiguous()
+    library = tiles.library() if dtype == torch.bfloat16 else None
+    native.product(variant, a, b, y, full_bias, add=into is not None, library=library)
     return y
 
 

@@ -18,7 +18,7 @@ from tozan.comm.processor import cores, cpuinfo
 from tozan.comm.processor import name as processor_name
 from tozan.comm.texts import all_gather_texts
 from tozan.errors import Problem, UserError
-from tozan.ops import native, product
+from tozan.ops import native, product, tiles
 
 MALLOPT = {"M_MMAP_THRESHOLD": 1 << 30, "M_TRIM_THRESHOLD": (1 << 31) - 1, "M_TOP_PAD": 64 << 20}
 """What glibc is told so that it keeps freed blocks in the process, in bytes."""
@@ -84,6 +84,18 @@ def choose_device(name: str, mesh: Mesh | None = None) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def agree_on_tiles(mesh: Mesh) -> None:
+    """Have all ranks make their products in bf16 on AMX tiles, or none, since replicas need the same bits.
+
+    A collective. Ranks that share a cache of kernels agree anyway; of nodes with caches of their own each has timed the
+    tiles for itself.
+    """
+    tiles.allow(True)
+    if mesh.world_size > 1:
+        said = all_gather_texts("tiles" if tiles.library() else "", mesh.everyone, name="kernels")
+        tiles.allow(all(said))
 
 
 def own_gpu(rank: int, seen: Sequence[tuple[str, list[str]]]) -> int | None:

@@ -22,7 +22,7 @@ from tozan.config import Config, Loaded
 from tozan.data import Dataset, Manifest
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
-from tozan.ops import native
+from tozan.ops import native, products
 from tozan.optim.adamw import SLOTS, AdamW
 from tozan.train import machine
 from tozan.train.checks import Checks
@@ -215,6 +215,8 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
         config.train.threads if mesh.world_size == 1 else None, config.train.deterministic, config.train.kernels
     )
     device = machine.choose_device(config.train.device, mesh)
+    if (device.type, config.train.kernels, config.train.precision) == ("cpu", "auto", "bf16"):
+        machine.agree_on_tiles(mesh)
     data, validation = open_data(config)
     shape = shape_of(loaded)
     precision = Precision(config.train.precision, device)
@@ -239,6 +241,8 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     )
     if config.train.kernels == "auto" and native.status() != native.COMPILED:
         run.notes.append(("kernels", native.status()))
+    elif trouble := products.trouble(precision.dtype):
+        run.notes.append(("kernels", trouble))
     torch.manual_seed(config.train.seed)
     resume(run)
     if run.writes:
@@ -291,6 +295,7 @@ def facts(run: Run) -> dict[str, Any]:
         "versions": {"tozan": tozan.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "kernels": native.status(),
+        "products": products.status(),
         "allocator": native.arena(),
         "processes": run.split.mesh.world_size,
         "layout": run.config.layout.model_dump(),
