@@ -8,14 +8,12 @@ Both train the same run (global batch 8, bf16) and alternate; the first step of 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tozan import data
+from common import standard_text, trained_steps
 
 TRAIN = ["-m", "tozan", "train"]
 SIDES = {
@@ -42,9 +40,8 @@ lr = 1e-4
 
 def rates(folder: Path, command: list[str], flags: list[str]) -> list[float]:
     """Tokens/s of every step but the first."""
-    subprocess.run([*command, str(folder.parent / "run.toml"), f"--run.folder={folder}", *flags], check=True)
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [r["tokens_per_second"] for r in records if r["kind"] == "step" and r["step"] > 1]
+    records = trained_steps(command, folder.parent / "run.toml", folder, flags)
+    return [record["tokens_per_second"] for record in records if record["step"] > 1]
 
 
 def main() -> None:
@@ -56,9 +53,7 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base)
-        documents = data.corpus.standard_library(limit=4_000_000)
-        data.build(documents, folder / "data", vocabulary=4096)
-        (folder / "run.toml").write_text(CONFIG.format(data=folder / "data", steps=options.steps))
+        (folder / "run.toml").write_text(CONFIG.format(data=standard_text(folder), steps=options.steps))
         for number in range(options.rounds):
             for side, (command, flags) in enumerate(SIDES.values()):
                 name = list(SIDES)[side]

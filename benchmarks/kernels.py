@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from single_node import tozan_run, tozan_step
+from common import standard_text
+from loops import tozan_step
 
 from tozan.ops import attention, cross_entropy, gelu, native, swiglu
 
@@ -54,7 +55,7 @@ def operations() -> None:
         )
 
 
-def profile(choice: native.Choice, step: Callable[[], int]) -> None:
+def profile(choice: native.Choice, step: Callable[[], object]) -> None:
     """Prints what share of a step is no matrix product, and where it goes."""
     native.choose(choice)
     step()
@@ -68,20 +69,36 @@ def profile(choice: native.Choice, step: Callable[[], int]) -> None:
         print(f"{took:9.1f} ms {took / total:6.1%} {name}")
 
 
+def flags(folder: Path, options: argparse.Namespace) -> list[str]:
+    """Those of the run whose steps are profiled."""
+    given = {
+        "version": 1,
+        "model.preset": options.preset,
+        "data.path": standard_text(folder),
+        "run.folder": folder / "run",
+        "train.steps": 100,
+        "train.micro_batch": options.micro_batch,
+        "train.accumulate": 1,
+        "train.precision": options.precision,
+        "train.threads": options.threads,
+    }
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", action="store_true", help="also profile whole steps")
     parser.add_argument("--preset", default="gpt2-124m")
     parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{native.status()}\n{'':44} {'plain':>11} {'compiled':>11}")
     operations()
     if options.step:
-        options.precision, options.compile, options.kernels = "bf16", False, "auto"
         with tempfile.TemporaryDirectory() as folder:
-            step = tozan_step(tozan_run(Path(folder), options))
+            step, _ = tozan_step(flags(Path(folder), options))
             profile("plain", step)
             profile("auto", step)
 

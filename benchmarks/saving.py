@@ -9,14 +9,12 @@ with the one that does not, in the same run. The first pair is a warm-up (fresh 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tozan import data
+from common import standard_text, trained_steps
 
 CONFIG = """
 version = 1
@@ -40,14 +38,11 @@ keep_last = 1
 
 def seconds(folder: Path, background: bool) -> tuple[list[float], list[float]]:
     """Seconds of the steps beside a save (the call of `save` included), and of the others."""
-    flags = [f"--run.folder={folder}", f"--checkpoint.background={str(background).lower()}"]
-    command = [sys.executable, "-m", "tozan", "train", str(folder.parent / "run.toml"), *flags]
-    subprocess.run(command, check=True)
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    steps = {r["step"]: r["seconds"] for r in records if r["kind"] == "step"}
-    return [s for step, s in steps.items() if step % 2 and step > 3], [s for step, s in steps.items() if not step % 2][
-        1:
-    ]
+    flags = [f"--checkpoint.background={str(background).lower()}"]
+    records = trained_steps([sys.executable, "-m", "tozan", "train"], folder.parent / "run.toml", folder, flags)
+    steps = {record["step"]: record["seconds"] for record in records}
+    others = [seconds for step, seconds in steps.items() if not step % 2][1:]
+    return [seconds for step, seconds in steps.items() if step % 2 and step > 3], others
 
 
 def main() -> None:
@@ -57,10 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as base:
         folder = Path(base)
-        documents = data.corpus.standard_library(limit=4_000_000)
-        data.build(documents, folder / "data", vocabulary=4096)
         steps = 2 * options.saves + 3
-        (folder / "run.toml").write_text(CONFIG.format(data=folder / "data", steps=steps))
+        (folder / "run.toml").write_text(CONFIG.format(data=standard_text(folder), steps=steps))
         for name, background in (("background", True), ("foreground", False)):
             beside, others = (statistics.median(each) for each in seconds(folder / name, background))
             longer = f"{beside - others:+.2f} s, {beside / others:.2f}×"

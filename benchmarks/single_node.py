@@ -1,45 +1,109 @@
-"""Tokens/s of tozan's training step beside plain loops over peers' models, alternating in one process.
+"""Tokens/s of tozan's training step beside peers' loops over the same shape, step by step in turn.
 
-    python benchmarks/single_node.py                       # GPT-2 124M, bf16, against transformers
-    python benchmarks/single_node.py --preset gpt2-350m --micro-batch 2 --rounds 5
-    python benchmarks/single_node.py --memory --rounds 2   # only the largest resident set of each side
+    python benchmarks/single_node.py                              # GPT-2 124M in bf16, all peers of this environment
+    python benchmarks/single_node.py --preset gpt2-350m --micro-batch 1 --sides pytorch pytorch+tcmalloc
+    python benchmarks/single_node.py --litgpt ~/litgpt/bin/python --sides litgpt+tcmalloc --out litgpt.json
 
-Both sides train the same shape on the same batches with AdamW (fused) and clipping, and alternate step by step, so a
-neighbour's load hits both. The allocator setting that tozan makes for itself is in force for the peer, too; what the
-peer gets without it is measured in a process of its own (`--newcomer`). Prints a table and writes JSON.
+Each side is a process of its own, with its own allocator and its own compiler, and steps only when told to; one takes
+its turn while the others sleep (the CPU time that they use meanwhile is measured, too). tozan stays; peers come in
+groups of `--at-once`, as many as fit into memory, and each is compared with the steps that tozan took in its group. The
+order turns round with every round; the first rounds, in which compilers work and memory is new, do not count.
+
+A peer's name says how it is set up: `transformers` is what a newcomer starts, `+tcmalloc` preloads that allocator
+(Debian: libtcmalloc-minimal4), `+huge` asks PyTorch for huge pages, `+compiled` is torch.compile. `tozan+compiled` and
+`tozan+plain` (no kernels of its own) are sides, too. litgpt needs other packages: `--litgpt` names the interpreter of
+an environment that has it. The table's MFU is model FLOPs over the best rate of a product measured by tozan in the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes.util
+import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from common import standard_text
 
-from tozan import data
-from tozan.comm.processor import largest_resident_set
+from tozan.comm.processor import cores
 from tozan.config import Loaded, load
-from tozan.data import Dataset
-from tozan.models.arithmetic import Shape, model_flops
-from tozan.train import Run, assemble, machine
-from tozan.train.metrics import Clock
-from tozan.train.precision import Precision
+from tozan.models.arithmetic import model_flops
+from tozan.train import machine
 from tozan.train.run import open_data, shape_of
-from tozan.train.step import train_step
+
+SETTINGS = ("compiled", "tcmalloc", "huge", "plain")
+SIDES = [
+    *("pytorch", "pytorch+tcmalloc", "pytorch+compiled+tcmalloc", "pytorch+compiled+tcmalloc+huge"),
+    *("transformers", "transformers+tcmalloc", "transformers+compiled+tcmalloc"),
+]
+HEAD = (
+    f"{'':34}{'tokens/s':>9}{'from':>7}{'to':>7}{'tozan/it':>10}{'from':>6}{'to':>6}{'MFU':>7}{'memory':>10}{'idle':>8}"
+)
 
 
-def configured(folder: Path, options: argparse.Namespace) -> Loaded:
-    """The config of the options, over the standard library's text."""
-    data.build(data.corpus.standard_library(limit=4_000_000), folder / "data", vocabulary=4096)
-    flags = [
+@dataclass
+class Side:
+    """A process that trains, and what is known of it."""
+
+    name: str
+    process: subprocess.Popen[str]
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    idle: float = 0.0
+    """CPU seconds used while others had their turn."""
+    peak_flops: float | None = None
+    tokens: int = 0
+
+    def answer(self) -> dict[str, Any]:
+        """The next line that the process says.
+
+        Raises:
+            SystemExit: it has ended instead.
+        """
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):  # libraries may print, too
+                return dict(json.loads(line))
+        raise SystemExit(f"{self.name} has ended with status {self.process.wait()}")
+
+    def turn(self, counts: bool) -> None:
+        """Take one step."""
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        found = self.answer()
+        self.tokens = found["tokens"]
+        self.losses.append(found["loss"])
+        if counts:
+            self.seconds.append(found["seconds"])
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the process so far."""
+        user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def peak_memory(self) -> int:
+        """Bytes of the largest resident set so far."""
+        return 1024 * int(Path(f"/proc/{self.process.pid}/status").read_text().split("VmHWM:")[1].split()[0])
+
+    def end(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def configured(folder: Path, options: argparse.Namespace, settings: list[str]) -> list[str]:
+    """The flags of tozan's side."""
+    return [
+        "--version=1",
         f"--model.preset={options.preset}",
         f"--data.path={folder / 'data'}",
         f"--run.folder={folder / 'run'}",
@@ -47,170 +111,137 @@ def configured(folder: Path, options: argparse.Namespace) -> Loaded:
         f"--train.micro_batch={options.micro_batch}",
         "--train.accumulate=1",
         f"--train.precision={options.precision}",
-        f"--train.compile={str(options.compile).lower()}",
+        f"--train.compile={str('compiled' in settings).lower()}",
         f"--train.threads={options.threads}",
-        f"--train.kernels={options.kernels}",
+        f"--train.kernels={'plain' if 'plain' in settings else 'auto'}",
     ]
-    return load(None, ["--version=1", *flags])
 
 
-def tozan_run(folder: Path, options: argparse.Namespace) -> Run:
-    """A run as `tozan train` assembles it."""
-    return assemble(configured(folder, options))
+def start(name: str, folder: Path, options: argparse.Namespace, loaded: Loaded) -> Side:
+    """Start a side and wait until it is ready."""
+    loop, *settings = name.split("+")
+    spec = {
+        "shape": dataclasses.asdict(shape_of(loaded)),
+        "batches": str(folder / "batches.npy"),
+        "precision": options.precision,
+        "compiled": "compiled" in settings,
+        "threads": options.threads or cores(),
+        "flags": configured(folder, options, settings),
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(spec))
+    environment = dict(os.environ)
+    if "tcmalloc" in settings:
+        environment["LD_PRELOAD"] = ctypes.util.find_library("tcmalloc_minimal") or sys.exit("no libtcmalloc_minimal")
+    if "huge" in settings:
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"
+    python = options.litgpt if loop == "litgpt" else sys.executable
+    command = [python, str(Path(__file__).with_name("loops.py")), loop, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    side = Side(name, subprocess.Popen(command, env=environment, text=True, **pipes))
+    side.peak_flops = side.answer()["peak_flops"]
+    return side
 
 
-@dataclass
-class Bare:
-    """What of a run a peer needs: no weights and no state."""
-
-    shape: Shape
-    precision: Precision
-    data: Dataset
-
-
-def bare(loaded: Loaded) -> Bare:
-    """Set this process up as for a run, and assemble none."""
-    train = loaded.config.train
-    machine.prepare(train.threads, train.deterministic, train.kernels)
-    return Bare(shape_of(loaded), Precision(train.precision, torch.device("cpu")), open_data(loaded.config)[0])
+def alternate(sides: list[Side], options: argparse.Namespace) -> None:
+    """All rounds of a group; measures what sides use while they wait."""
+    for number in range(options.warm_up + options.rounds):
+        for side in sides[:: -1 if number % 2 else 1]:
+            waiting = [(other, other.cpu_seconds()) for other in sides if other is not side]
+            side.turn(counts=number >= options.warm_up)
+            for other, before in waiting:
+                other.idle += other.cpu_seconds() - before
 
 
-def tozan_step(run: Run) -> Callable[[], int]:
-    """One optimizer step, returning its tokens."""
-
-    def step() -> int:
-        result = train_step(run, Clock())
-        run.step, run.samples = run.step + 1, run.samples + run.global_batch
-        return result.tokens
-
-    return step
-
-
-def transformers_step(run: Run | Bare, options: argparse.Namespace) -> Callable[[], int]:
-    """The plain loop over transformers' model of the same shape, as its users write it."""
-    import transformers
-
-    shape = run.shape
-    if shape.family == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=shape.vocabulary,
-            n_positions=shape.sequence,
-            n_embd=shape.width,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-        )
-        model: torch.nn.Module = transformers.GPT2LMHeadModel(config)
-    else:
-        llama = transformers.LlamaConfig(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.width,
-            intermediate_size=shape.mlp_width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=shape.sequence,
-            tie_word_embeddings=shape.tied,
-            use_cache=False,
-        )
-        model = transformers.LlamaForCausalLM(llama)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    forward = torch.compile(model) if options.compile else model
-    precision = run.precision.dtype
-    samples = 0
-
-    def step() -> int:
-        nonlocal samples
-        batch = torch.from_numpy(run.data.samples(samples, options.micro_batch))
-        samples += options.micro_batch
-        tokens = batch[:, :-1].contiguous()
-        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
-            loss = forward(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return tokens.numel()
-
-    return step
+def compare(folder: Path, options: argparse.Namespace, loaded: Loaded) -> list[dict[str, Any]]:
+    """Run every side; a row for each, tozan's last. Rows are printed as they become known."""
+    home = start(options.home, folder, options, loaded)
+    rows: list[dict[str, Any]] = []
+    print(HEAD)
+    for first in range(0, max(1, len(options.sides)), options.at_once):
+        peers = [start(name, folder, options, loaded) for name in options.sides[first : first + options.at_once]]
+        begin = len(home.seconds)
+        alternate([home, *peers], options)
+        for peer in peers:
+            rows.append(row(peer, home.seconds[begin:], loaded, home.peak_flops))
+            show(rows[-1])
+            peer.end()
+    rows.append(row(home, home.seconds, loaded, home.peak_flops))
+    show(rows[-1])
+    home.end()
+    return rows
 
 
-def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Tokens/s of each side in each round; the order turns round every time, one warm-up round is thrown away."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name in sorted(sides, reverse=number % 2 == 1):
-            start = time.perf_counter()
-            tokens = sides[name]()
-            if number:
-                rates[name].append(tokens / (time.perf_counter() - start))
-    return rates
+def row(side: Side, beside: list[float], loaded: Loaded, peak_flops: float | None) -> dict[str, Any]:
+    """What the table says of a side, given tozan's seconds in the same rounds."""
+    rates = sorted(side.tokens / seconds for seconds in side.seconds)
+    ratios = sorted(theirs / ours for theirs, ours in zip(side.seconds, beside, strict=True))
+    shape = shape_of(loaded)
+    rate = statistics.median(rates)
+    return {
+        "name": side.name,
+        "tokens_per_second": {"median": rate, "low": rates[0], "high": rates[-1], "rounds": len(rates)},
+        "tozan_over_it": {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]},
+        "mfu": rate * model_flops(shape) / shape.sequence / peak_flops if peak_flops else None,
+        "peak_memory_bytes": side.peak_memory(),
+        "idle_cpu_seconds": side.idle,
+        "seconds": side.seconds,
+        "losses": side.losses,
+    }
 
 
-ALONE = ("tozan", "transformers", "transformers, allocator untouched")
-"""What `--memory` measures, each in a process of its own."""
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    rate, ratio = row["tokens_per_second"], row["tozan_over_it"]
+    print(
+        f"{row['name']:34}{rate['median']:9.0f}{rate['low']:7.0f}{rate['high']:7.0f}"
+        f"{ratio['median']:9.2f}×{ratio['low']:6.2f}{ratio['high']:6.2f}{row['mfu']:7.1%}"
+        f"{row['peak_memory_bytes'] / 1e6:7.0f} MB{row['idle_cpu_seconds']:6.2f} s",
+        flush=True,
+    )
 
 
-def alone(side: str) -> tuple[float, float]:
-    """Tokens/s of one side in a process of its own, and the largest resident set of that process in bytes."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", side]
-    rate, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
-    return float(rate), float(peak)
-
-
-def compare_memory() -> None:
-    """Print the largest resident set of each side, and of the peer where it is smaller."""
-    peaks = {side: alone(side)[1] for side in ALONE}
-    peer = min(peak for side, peak in peaks.items() if side != "tozan")
-    for side, peak in peaks.items():
-        print(f"{side:36} {peak / 1e6:8.0f} MB at most  {peak / peer:5.2f}× the peer's least")
+def conclude(rows: list[dict[str, Any]]) -> None:
+    """Print how tozan stands to the best peer."""
+    if peers := [row for row in rows if not row["name"].startswith("tozan")]:
+        best = min(peers, key=lambda row: row["tozan_over_it"]["median"])
+        least = min(row["peak_memory_bytes"] for row in peers)
+        print(f"{best['tozan_over_it']['median']:.2f}× the best peer ({best['name']}), ", end="")
+        print(f"{rows[-1]['peak_memory_bytes'] / least:.2f} of the least memory of a peer")
 
 
 def main() -> None:
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2-124m")
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--kernels", choices=["auto", "plain"], default="auto", help="on tozan's side")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--newcomer", action="store_true", help="also measure the peer with the allocator untouched")
-    parser.add_argument("--memory", action="store_true", help="only peak memory, each side in a process of its own")
-    parser.add_argument("--only", choices=ALONE, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds of each group that do not count")
+    parser.add_argument("--at-once", type=int, default=2, help="peers in memory beside tozan")
+    parser.add_argument("--sides", nargs="*", default=SIDES, help="pytorch, transformers or litgpt, + settings")
+    parser.add_argument("--home", default="tozan", help="tozan, tozan+compiled or tozan+plain")
+    parser.add_argument("--litgpt", help="the Python interpreter of an environment with litgpt")
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     options = parser.parse_args()
-    if options.only and "untouched" in options.only:
-        machine.set_allocator = lambda: None
-    if options.memory and not options.only:
-        compare_memory()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = configured(Path(folder), options)
-        if options.only:
-            peer = options.only != "tozan"
-            step = transformers_step(bare(loaded), options) if peer else tozan_step(assemble(loaded))
-            print(statistics.median(alternate({"": step}, options.rounds)[""]), largest_resident_set())
-            return
-        run = assemble(loaded)
-        sides = {"transformers": transformers_step(run, options), "tozan": tozan_step(run)}
-        rates = alternate(sides, options.rounds)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    if options.newcomer:
-        medians["transformers, allocator untouched"] = alone("transformers, allocator untouched")[0]
-    flops = model_flops(run.shape) / run.shape.sequence
-    print(f"{options.preset}, {options.precision}, micro-batch {options.micro_batch}, {options.rounds} rounds,")
-    print(f"{torch.get_num_threads()} threads, best GEMM {run.peak_flops / 1e12:.2f} TFLOP/s, {machine.describe()}")
-    for name, rate in medians.items():
-        mfu = rate * flops / run.peak_flops
-        print(f"{name:36} {rate:8.0f} tokens/s  MFU {mfu:5.1%}  {rate / medians['transformers']:5.2f}× transformers")
+    unknown = {setting for name in [*options.sides, options.home] for setting in name.split("+")[1:]} - {*SETTINGS}
+    if unknown or (options.litgpt is None and any(name.startswith("litgpt") for name in options.sides)):
+        parser.error(f"unknown settings: {sorted(unknown)}" if unknown else "litgpt needs --litgpt")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        standard_text(folder)
+        loaded = load(None, configured(folder, options, []))
+        steps = options.warm_up + options.rounds
+        samples = open_data(loaded.config)[0].samples(0, steps * options.micro_batch)
+        np.save(folder / "batches.npy", samples.reshape(steps, options.micro_batch, -1))
+        threads = options.threads or cores()
+        print(f"{options.preset}, {options.precision}, micro-batch {options.micro_batch}, {threads} threads")
+        rows = compare(folder, options, loaded)
+    conclude(rows)
     if options.out:
-        record = {"options": vars(options) | {"out": str(options.out)}, "tokens_per_second": rates, "medians": medians}
-        record |= {"peak_flops": run.peak_flops, "machine": machine.describe(), "torch": torch.__version__}
-        options.out.write_text(json.dumps(record, indent=2, default=str))
+        given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        options.out.write_text(json.dumps({"options": given, "machine": machine.describe(), "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":
