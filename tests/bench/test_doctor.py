@@ -198,6 +198,7 @@ def test_a_process_that_was_started_wrongly(tmp_path):
     assert gloo["all_reduce sum"]["bf16"] == "rounded"
     assert "wrong" not in {verdict for by_type in gloo.values() for verdict in by_type.values()}
     assert found.facts["process"]["mallopt"]["M_TOP_PAD"] == 64 << 20
+    assert "PyTorch's libraries" in found.facts["process"]["products"]
     page_fits(found)
 
 
@@ -213,6 +214,7 @@ def page_fits(found):
     for one in found.problems:
         assert one["fix"].split()[0] in text
     assert "tozan sets, by mallopt" in text
+    assert f"products      {found.facts['process']['products'][:40]}" in text
 
 
 def test_help_is_torch_free():

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tozan.comm.binding import numa_domains, parse
-from tozan.comm.processor import cores as cores_here
-from tozan.comm.processor import cpuinfo, siblings
+from tozan.comm.processor import cpuinfo, hardware_threads, siblings
 from tozan.comm.processor import name as processor_name
 
 UNITS = {
@@ -70,8 +69,8 @@ class Hardware:
 
     Attributes:
         processor: model name.
-        online: cores of the machine.
-        affinity: cores that this process may run on.
+        online: hardware threads of the machine.
+        affinity: those that this process may run on.
         threads_per_core: hardware threads of a physical core.
         quota: cores' worth of time that the container may use; None without a limit.
         units: matrix and vector units, by the names of `UNITS`.
@@ -144,7 +143,7 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
     return Hardware(
         processor=processor_name(cpu),
         online=online,
-        affinity=cores_here(),
+        affinity=hardware_threads(),
         threads_per_core=siblings(root),
         quota=_quota(root),
         units=tuple(name for flag, name in UNITS.items() if flag in flags),

@@ -3,12 +3,15 @@
 Launchers bind in surprising ways (mpirun gives each of two ranks a single core, `srun --overcommit` all of them the
 same one), so every rank looks at what it and its neighbours got: if the launcher gave them different cores, that is
 kept; if they all have the same, tozan deals those out, by NUMA domain.
+
+Cores are numbered as Linux does it, which counts hardware threads. Those of one core share its multipliers (and AMX's
+tiles), and are often numbered far apart: they are kept together, and a rank computes on one thread for each core.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,25 +41,35 @@ class Binding:
         return f"{cores} ({where}), bound by {self.by}{shared}"
 
 
-def decide(local_rank: int, affinities: Sequence[Sequence[int]], domain_of: Mapping[int, int]) -> Binding:
+def decide(
+    local_rank: int,
+    affinities: Sequence[Sequence[int]],
+    domain_of: Mapping[int, int],
+    core_of: Mapping[int, int] | None = None,
+) -> Binding:
     """The cores of a rank, from the cores that each rank of its node was given.
 
     Args:
         local_rank: this rank among them.
         affinities: the cores that the launcher left to each rank of the node.
         domain_of: NUMA domain of each core; cores that are missing count as domain 0.
+        core_of: the core that each hardware thread is of; those that are missing are cores of their own.
     """
+    whole = core_of or {}
     mine = sorted(affinities[local_rank])
     others = {core for rank, cores in enumerate(affinities) if rank != local_rank for core in cores}
     by, shared = "the launcher", bool(set(mine) & others)
     if len(affinities) > 1 and all(sorted(cores) == mine for cores in affinities):
-        ordered = sorted(mine, key=lambda core: (domain_of.get(core, 0), core))
+        ordered = sorted(mine, key=lambda core: (domain_of.get(core, 0), whole.get(core, core), core))
         by, shared = "tozan", len(mine) < len(affinities)
         if shared:
             mine = [ordered[local_rank % len(ordered)]]
         else:
-            part = split(len(ordered), len(affinities), local_rank)
-            mine = sorted(ordered[part.start : part.stop])
+            dealt = list(dict.fromkeys(whole.get(core, core) for core in ordered))
+            if len(dealt) < len(affinities):  # then ranks have to share cores
+                dealt, whole = ordered, {}
+            part = split(len(dealt), len(affinities), local_rank)
+            mine = [core for core in mine if whole.get(core, core) in dealt[part.start : part.stop]]
     domains = tuple(sorted({domain_of.get(core, 0) for core in mine}))
     return Binding(tuple(mine), domains, by, shared)
 
@@ -68,6 +81,20 @@ def numa_domains(root: Path = Path("/sys/devices/system/node")) -> dict[int, int
         for core in parse(folder.joinpath("cpulist").read_text()):
             found[core] = int(folder.name.removeprefix("node"))
     return found
+
+
+def core_of(root: Path = Path("/sys/devices/system/cpu")) -> dict[int, int]:
+    """The core of every hardware thread, by its first thread's number; empty where the kernel does not tell."""
+    found = {}
+    for path in root.glob("cpu[0-9]*/topology/thread_siblings_list"):
+        siblings = parse(path.read_text())
+        found.update(dict.fromkeys(siblings, min(siblings)))
+    return found
+
+
+def count_cores(threads: Iterable[int], core_of: Mapping[int, int]) -> int:
+    """How many cores some hardware threads are of."""
+    return len({core_of.get(thread, thread) for thread in threads})
 
 
 def parse(text: str) -> list[int]:

@@ -233,13 +233,15 @@ def _bind(place: Place, everyone: list[_Rank], threads: int) -> str:
     if not everyone[place.rank].cores:
         return "not bound (this system cannot)"
     neighbours = sorted((it.local_rank, it.cores) for it in everyone if it.host == everyone[place.rank].host)
+    whole = binding.core_of()
     chosen = binding.decide(
         [local for local, _ in neighbours].index(place.local_rank),
         [cores for _, cores in neighbours],
         binding.numa_domains(),
+        whole,
     )
     binding.bind(chosen)
-    torch.set_num_threads(threads or len(chosen.cores))
+    torch.set_num_threads(threads or binding.count_cores(chosen.cores, whole))
     return f"{chosen}, {torch.get_num_threads()} threads"
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tozan.comm.binding import parse
+from tozan.comm.binding import core_of, count_cores, parse
 
 ZEN = {  # (family, first model, last model): name, 512-bit or 256-bit multiply-adds a cycle, each as bits in all
     (23, 0x00, 0x2F): ("Zen", 256),
@@ -146,9 +146,16 @@ def name(cpu: Mapping[str, str]) -> str:
     return (arm[0] if arm else cpu.get("model name")) or part or platform.processor() or platform.machine()
 
 
-def cores() -> int:
-    """Cores that this process may use; all of the machine's where the system cannot say."""
+def hardware_threads() -> int:
+    """Processors that this process may use, as Linux counts; all of the machine's where the system cannot say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use. Hardware threads of one core share its multipliers, so they count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return count_cores(os.sched_getaffinity(0), core_of(root / "sys/devices/system/cpu"))
 
 
 def peak_memory() -> int:
@@ -184,7 +191,7 @@ def nominal(precision: str, threads: int, root: Path = Path("/")) -> Nominal:
     hertz, how = clock(root)
     if hertz is None:
         return Nominal(None, f"the clock is not known: {how}")
-    count = min(threads, max(1, cores() // siblings(root)))
+    count = min(threads, cores(root))
     many = f"{count} core{'s' if count > 1 else ''}"
     return Nominal(count * each * hertz, f"{many} × {each} FLOP a cycle ({found.name}) × {hertz / 1e9:.2f} GHz ({how})")
 

@@ -52,7 +52,7 @@ void pack_rows(Operand<bf16> from, long first, long count, long steps, long k, u
     }
 }
 
-// Packs `count` columns into one panel, with zeros behind k.
+// Packs `count` columns into panels, one panel only if there must be zeros behind k.
 template <class Element>
 void pack_columns(Operand<Element> from, long first, long count, long words, long steps, long k, uint32_t* to) {
     pack<bf16, EDGE>(from, first, count, 0, words, k, to);
@@ -142,12 +142,14 @@ void gemm(Operand<bf16> a, Operand<EB> b, Result* c, long m, long n, long k, con
     for (long left = 0; left < n; left += at_once * EDGE) {
         const long width = std::min(n - left, at_once * EDGE), column_panels = panels(width, EDGE);
         const long along = threads_along_rows(row_panels, column_panels, threads), across = threads / along;
+        // Panels that are packed at once, so that rows of B are read in longer pieces.
+        const long together = words % tiles::WORDS ? 1 : std::clamp(column_panels / threads, 1L, 8L);
 #pragma omp parallel num_threads(threads)
         {
             const tiles::Session session;
 #pragma omp for schedule(static)
-            for (long j = 0; j < column_panels; ++j)
-                pack_columns(b, left + j * EDGE, std::min(width - j * EDGE, EDGE), words, steps, k,
+            for (long j = 0; j < column_panels; j += together)
+                pack_columns(b, left + j * EDGE, std::min(width - j * EDGE, together * EDGE), words, steps, k,
                              packed_b + j * steps * STEP);
             uint32_t* packed_a = room_for_a.get(rows_at_once * steps * STEP);
 #pragma omp for schedule(static)

@@ -47,6 +47,7 @@ def facts(result: Result) -> Table:
         ("clock source", m["clock"] or "not known"),
         ("load", f"{m['load']:.1f}"),
         ("threads that PyTorch starts with", str(process.get("threads", "—"))),
+        ("products of linear layers", str(process.get("products", "—"))),
         ("allocator", ", ".join(m["preloaded"]) or f"the C library's, told to keep: {kept}"),
         ("interfaces", ", ".join(up) or "none"),
         ("launcher", str(result.facts.get("launcher", {}).get("launcher", "—"))),
