@@ -212,10 +212,12 @@ void causal_softmax(T* scores, long rows, long block, long first, long n, int th
 // Sums of the columns of x (rows, n), each from the first row to the last, four rows at a time.
 template <class T>
 void column_sums(const T* x, long rows, long n, float* sums, int threads) {
-    constexpr long STRIP = 1024;  // columns whose sums stay in the first-level cache
+    constexpr long MOST = 1024;  // columns whose sums stay in the first-level cache
+    const long strips = (n + MOST * threads - 1) / (MOST * threads) * threads;  // as many for every thread
+    const long strip = ((n + strips - 1) / strips + LANES - 1) / LANES * LANES;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long first = 0; first < n; first += STRIP) {
-        const long width = n - first < STRIP ? n - first : STRIP;
+    for (long first = 0; first < n; first += strip) {
+        const long width = n - first < strip ? n - first : strip;
         std::memset(sums + first, 0, width * sizeof *sums);
         for (long row = 0; row < rows; row += 4) {
             const T* p = x + row * n + first;
