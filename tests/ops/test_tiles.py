@@ -185,12 +185,15 @@ def test_a_verdict_is_obeyed_and_told(pretend):
     assert products.pays(torch.bfloat16)
     assert not products.pays(torch.float32)
     assert products.trouble(torch.bfloat16) == ""
-    assert products.status().startswith("bf16 by tozan on AMX tiles: 1.30 times PyTorch's rate; others by")
+    assert products.status(torch.bfloat16).startswith(
+        "bf16 by tozan on AMX tiles: 1.30 times PyTorch's rate; others by"
+    )
+    assert products.status(torch.float32) == products.status(None) == "PyTorch's libraries"
     tiles._found.cache_clear()
     pretend.setattr(tiles, "decide", lambda path: Verdict(False, "0.90 times PyTorch's rate"))
     assert not products.pays(torch.bfloat16)
     assert products.trouble(torch.bfloat16) == ""  # slower is nothing to warn of
-    assert products.status() == "PyTorch's libraries; tozan's on AMX tiles: 0.90 times PyTorch's rate"
+    assert products.status(torch.bfloat16) == "PyTorch's libraries; tozan's on AMX tiles: 0.90 times PyTorch's rate"
 
 
 @pytest.mark.parametrize("case", ["refused", "not compiled", "wrong"])

@@ -227,7 +227,7 @@ def _process(measured: Measured) -> dict[str, Any]:
         "kept": measured.kept,
         "mallopt": machine.MALLOPT if measured.kept else {},
         "kernels": native.status(),
-        "products": products.status(),
+        "products": products.status(torch.bfloat16),
         "arena": native.arena(),
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "",
     }

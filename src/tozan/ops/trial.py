@@ -25,8 +25,10 @@ SIZES = ((37, 53, 41), (150, 70, 900), (1056, 1024, 64))
 """Rows, columns and summed dim of what is compared: ragged at every edge, several parts along k, past the caches."""
 LAYER = (2048, 768, 3072)
 """Tokens, inputs and outputs of the linear layer that is timed."""
-SETTINGS = tuple(itertools.product((12, 1 << 30), (True, False)))
+SETTINGS = tuple(itertools.product((8, 12, 16, 1 << 30), (True, False)))
 """What the kernel can be set to: steps along k at once, and whether large results go past the caches."""
+EXTREMES = (SETTINGS[0], SETTINGS[-1])
+"""Those whose results are compared."""
 DIRECTIONS = ("forward", "input gradient", "weight gradient")
 ROUNDS = 7
 """Times that each product is timed; the fastest counts, since others may use the machine meanwhile."""
@@ -52,7 +54,7 @@ def product(
 
 
 def wrong(library: ctypes.CDLL, threads: int, sizes: Sequence[tuple[int, int, int]] = SIZES) -> str:
-    """What is wrong with the library's products, in every layout and type and as they are set; empty if nothing is."""
+    """What is wrong with the library's products, in every layout and type, however set; empty if nothing is."""
     variants = [variant for variant in native.PRODUCTS if variant[0] == "b"]
     for (m, n, k), left, right, variant in itertools.product(sizes, (False, True), (False, True), variants):
         result = _TYPES[variant[2]]
@@ -60,8 +62,8 @@ def wrong(library: ctypes.CDLL, threads: int, sizes: Sequence[tuple[int, int, in
         bias, there = torch.linspace(-1, 1, n), _matrix(m, n, False).to(result)
         exact = a.double() @ b.bfloat16().double() + bias
         made = []
-        for steps, stream in SETTINGS:
-            set_to(library, steps, stream)
+        for setting in EXTREMES:
+            set_to(library, *setting)
             made.append(product(library, a, b, result, bias))
         torch.set_num_threads(1)
         made.append(torch.cat([made[0][:1], product(library, a[1:], b, result, bias)]))

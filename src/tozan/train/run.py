@@ -241,7 +241,7 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     )
     if config.train.kernels == "auto" and native.status() != native.COMPILED:
         run.notes.append(("kernels", native.status()))
-    elif trouble := products.trouble(precision.dtype):
+    elif device.type == "cpu" and (trouble := products.trouble(precision.dtype)):
         run.notes.append(("kernels", trouble))
     torch.manual_seed(config.train.seed)
     resume(run)
@@ -295,7 +295,7 @@ def facts(run: Run) -> dict[str, Any]:
         "versions": {"tozan": tozan.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "kernels": native.status(),
-        "products": products.status(),
+        "products": products.status(run.precision.dtype if run.device.type == "cpu" else None),
         "allocator": native.arena(),
         "processes": run.split.mesh.world_size,
         "layout": run.config.layout.model_dump(),
