@@ -29,6 +29,7 @@ inline void pack_tile(const bf16* p, long step, long stride, long here, long lef
     const __m512i nothing = _mm512_setzero_si512();
     __m512i r[16];
     if (step == 1) {  // neighbours along k lie a row apart
+        for (long l = 0; l < 32; ++l) _mm_prefetch((const char*)(p + (l + 32) * stride), _MM_HINT_T0);
 #pragma GCC unroll 16
         for (long l = 0; l < 32; l += 2) r[l / 2] = l < left ? W::across(p + l * stride, stride, left - l, here) : nothing;
         transpose(r);
@@ -143,7 +144,7 @@ void gemm(Operand<bf16> a, Operand<EB> b, Result* c, long m, long n, long k, con
         const long width = std::min(n - left, at_once * EDGE), column_panels = panels(width, EDGE);
         const long along = threads_along_rows(row_panels, column_panels, threads), across = threads / along;
         // Panels that are packed at once, so that rows of B are read in longer pieces.
-        const long together = words % tiles::WORDS ? 1 : std::clamp(column_panels / threads, 1L, 8L);
+        const long together = words % tiles::WORDS ? 1 : std::clamp(column_panels / threads, 1L, 16L);
 #pragma omp parallel num_threads(threads)
         {
             const tiles::Session session;

@@ -120,6 +120,9 @@ void pack(Operand<Element> from, long first, long count, long start, long words,
                     const Element* row = corner + i + j + upper * W::EACH * from.stride;
                     uint32_t* target = to + i * words + upper * WIDTH + j;
                     for (long l = upper; l < std::min(upper + 32, words); ++l, target += WIDTH) {
+                        const Element* ahead = row + 32 * W::EACH * from.stride;
+                        for (long n = 0; n < W::EACH; ++n)
+                            _mm_prefetch((const char*)(ahead + n * from.stride), _MM_HINT_T0);
                         _mm512_mask_storeu_epi32(target, mask, W::across(row, from.stride, left - l * W::EACH, here));
                         row += W::EACH * from.stride;
                     }
