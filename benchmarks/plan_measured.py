@@ -4,6 +4,7 @@
     python benchmarks/plan_measured.py --machine mine.toml     with a machine file of `tozan bench calibrate`
     python benchmarks/plan_measured.py --only gpt2             those whose name has this in it
     python benchmarks/plan_measured.py --memory                two steps each, for memory and bytes only
+    python benchmarks/plan_measured.py --folder runs           leaves ledgers and phases of every rank there
 
 Every rank takes the trainer's own steps (the first is a warm-up) and leaves its times, its ledger and its largest
 resident set: VmHWM of /proc/self/status, which the kernel keeps for each process, read before anything is saved. The
@@ -99,21 +100,26 @@ def take_steps(path: Path, flags: list[str]) -> None:
     with join(mesh_layout(loaded.config), timeout_s=600) as mesh:
         run = assemble(loaded, mesh)
         mesh.ledger.clear()  # only steps count
-        clock, times = Clock(lambda: None, mesh.ledger), []
+        clock, laps = Clock(lambda: None, mesh.ledger), []
         with StopSignal(mesh) as stop:
             for _ in range(loaded.config.train.steps):
-                begin = time.perf_counter()
                 stop.agreed()
                 advance(run, train_step(run, clock))
-                times.append(time.perf_counter() - begin)
+                laps.append(clock.lap())
         peak = largest_resident_set()
         mesh.ledger.write(run.folder / f"ledger-{mesh.rank}.jsonl", mesh.rank)
-        result = {"seconds": statistics.median(times[1:]), "peak": peak}
+        names = sorted({name for _, phases in laps for name in phases})
+        result = {
+            "seconds": statistics.median(seconds for seconds, _ in laps[1:]),
+            "phases": {name: statistics.median(phases.get(name, 0.0) for _, phases in laps[1:]) for name in names},
+            "laps": laps,
+            "peak": peak,
+        }
         (run.folder / f"result-{mesh.rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def measure(path: Path, flags: list[str], config: Config) -> tuple[float, float, bool, Prediction]:
-    """Seconds and peak bytes of a run, and whether every rank sent what was forecast for it."""
+def measure(path: Path, flags: list[str], config: Config) -> tuple[list[dict], bool, Prediction]:
+    """What every rank of a run took, and whether each sent what was forecast for it."""
     ranks, folder = config.layout.processes, Path(config.run.folder)
     command = [sys.executable]
     if ranks > 1:
@@ -127,7 +133,7 @@ def measure(path: Path, flags: list[str], config: Config) -> tuple[float, float,
         lines = map(json.loads, (folder / f"ledger-{rank}.jsonl").read_text().splitlines())
         found = {(x["axis"], x["operation"], x["name"]): x["bytes"] for x in lines if x["bytes"]}
         same &= found == {key: config.train.steps * sent for key, sent in forecast.traffic(rank).items()}
-    return results[0]["seconds"], max(one["peak"] for one in results), same, forecast
+    return results, same, forecast
 
 
 MACHINE: list[Path] = []
@@ -138,6 +144,7 @@ def main() -> None:
     parser.add_argument("--machine", type=Path, help="default: calibrate now")
     parser.add_argument("--only", default="", help="part of a run's name")
     parser.add_argument("--memory", action="store_true", help="two steps each: times mean nothing then")
+    parser.add_argument("--folder", type=Path, help="where the runs stay; default: nowhere")
     parser.add_argument("--take-steps", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--flags", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -146,7 +153,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as base:
         begin = time.perf_counter()
-        compare(Path(base), options.machine, options.only, options.memory)
+        compare(options.folder or Path(base), options.machine, options.only, options.memory)
         print(f"took {time.perf_counter() - begin:.0f} s")
 
 
@@ -160,17 +167,20 @@ def compare(base: Path, machine: Path | None, only: str, memory: bool) -> None:
         calibrate(machine)
         print(f"calibrated in {time.perf_counter() - begin:.0f} s", flush=True)
     MACHINE[:] = [machine]
-    data.build(data.corpus.standard_library(limit=2_000_000), base / "data", vocabulary=4096, validation=0.0)
+    base.mkdir(parents=True, exist_ok=True)
+    if not (base / "data").exists():
+        data.build(data.corpus.standard_library(limit=2_000_000), base / "data", vocabulary=4096, validation=0.0)
     path = base / "run.toml"
     path.write_text(CONFIG.format(data=base / "data"))
-    print("model        layout               ranks  predicted  measured   error      MB     MB   error  bytes  phases")
+    print("model        layout               ranks  predicted  measured   error      MB     MB   error  bytes")
     errors, memories, exact = [], [], 0
     chosen = [run for run in RUNS if only in f"{run[0]} {run[1]}"]
-    for number, (model, name, extra) in enumerate(chosen):
-        flags = [*SHAPES[model], *extra, f"--run.folder={base / str(number)}"]
+    for model, name, extra in chosen:
+        flags = [*SHAPES[model], *extra, f"--run.folder={base / f'{model} {name}'.replace(' ', '-')}"]
         flags += ["--train.steps=2"] if memory else []
         config = load(path, flags).config
-        seconds, peak, same, forecast = measure(path, flags, config)
+        results, same, forecast = measure(path, flags, config)
+        seconds, peak = results[0]["seconds"], max(one["peak"] for one in results)
         held = sum(forecast.memory.values())
         errors.append(forecast.seconds / seconds - 1)
         memories.append(held / peak - 1)
@@ -178,13 +188,19 @@ def compare(base: Path, machine: Path | None, only: str, memory: bool) -> None:
         print(
             f"{model:12} {name:20} {config.layout.processes:5d}  {forecast.seconds:8.3f}s {seconds:8.3f}s "
             f"{errors[-1]:+7.1%}  {held / 1e6:6.0f} {peak / 1e6:6.0f} {memories[-1]:+7.1%}  "
-            f"{'exact' if same else 'OTHER'}  " + " ".join(f"{k} {v:.3f}" for k, v in forecast.phases.items() if v > 0),
+            f"{'exact' if same else 'OTHER'}",
             flush=True,
         )
+        print(f"    forecast {spelled(forecast.phases)}\n    measured {spelled(results[0]['phases'])}", flush=True)
     print(
         f"{len(chosen)} layouts: step time {summary(errors, 0.10)}; peak memory {summary(memories, 0.05)}; "
         f"bytes exact in {exact}"
     )
+
+
+def spelled(phases: dict[str, float]) -> str:
+    """Phases of a millisecond and more."""
+    return " ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items() if seconds >= 0.0005)
 
 
 def summary(errors: list[float], bar: float) -> str:

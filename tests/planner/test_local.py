@@ -69,6 +69,20 @@ def test_communication_is_what_the_ledger_counts_at_the_measured_rate():
     assert phases["communication/world"] == pytest.approx(len(sent) * 1e-4 + sum(sent) / 1e9)
 
 
+def test_communication_is_that_of_the_groups_which_were_measured():
+    """Rows and columns of a grid of four: pairs two apart and side by side, of a node of four and not of two."""
+    rows = [
+        Measured(operation="broadcast", world=world, ranks=2, stride=stride, latency=latency, rate=1e9)
+        for world, stride, latency in ((2, 1, 1.0), (4, 1, 2.0), (4, 2, 3.0))
+    ]
+    grid = Trip(SHAPE, Layout(tp=4, scheme="2d"), micro_batch=2, accumulate=4, item=2)
+    phases = local.step(grid, machine(2).model_copy(update={"collectives": tuple(rows)}), "bf16")
+    books = traffic.books(grid, 0)
+    panels = {axis: calls for (axis, operation, _), calls in books.calls.items() if operation == "broadcast"}
+    assert phases["communication/tp_col"] == pytest.approx(2 * panels["tp_col"], rel=0.01)
+    assert phases["communication/tp_row"] == pytest.approx(3 * panels["tp_row"], rel=0.01)
+
+
 def test_stages_take_what_their_layers_and_recomputation_take():
     """Three of four blocks on the first stage, which also computes them again: on one core each."""
     whole = local.step(trip(), machine(1), "bf16")

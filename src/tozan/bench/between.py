@@ -2,6 +2,10 @@
 
 Processes are started, bound to cores and joined by gloo as the trainer's are. Collectives are those of
 `comm.collectives`, timed over a few sizes; the time grows with the bytes that a rank sends, as its ledger counts them.
+
+They are timed as they come in a step: between matrix products. Right after a barrier every rank is awake and stands
+ready; at work a rank that is spoken to computes, its core may be another rank's turn, and its caches are full of
+something else. What counts is what turns of computing and talking take beyond computing alone.
 """
 
 from __future__ import annotations
@@ -11,23 +15,27 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import cycle
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tozan.bench import ranks, units
-from tozan.comm import Mesh, collectives, processor
+from tozan.comm import Axis, Mesh, collectives, processor
 from tozan.layout import Layout
+from tozan.ops import product
 from tozan.train.machine import set_allocator
 
 SIZES = (1 << 12, 1 << 18, 1 << 21)
 """Elements of a collective's buffer (fp32): 16 KiB, 1 MiB, 8 MiB."""
 WORLDS = (2, 4, 8)
-"""Ranks that talk."""
-REPEATS = 5
+"""Ranks of a node."""
+SIDE, TURNS = 512, 32
+"""Side of the products between which collectives are timed, and how many of both take turns."""
 
 
 def crowd(precision: str, seconds: float, shrink: int) -> dict[str, list[float]]:
@@ -37,19 +45,20 @@ def crowd(precision: str, seconds: float, shrink: int) -> dict[str, list[float]]
 
 
 def together(worlds: tuple[int, ...] = WORLDS, shrink: int = 1) -> list[dict[str, Any]]:
-    """Every collective between so many ranks.
+    """Every collective between the ranks of a node, and between parts of them that all talk at once.
 
     Returns:
-        Rows of `operation`, `ranks`, `latency` (s) and `rate` (bytes/s sent by a rank), as machine files have them.
+        Rows of `operation`, `world`, `ranks`, `stride`, `latency` (s) and `rate` (bytes/s sent by a rank), as machine
+        files have them.
     """
     rows = []
     for world in worlds:
-        found = ranks.spawn(world, _collective_rank, [max(world, size // shrink) for size in SIZES])
-        for operation, times in found["seconds"].items():
-            sent = found["sent"][operation]
-            latency, per_byte = units.fit([[1.0, float(size)] for size in sent], times)
-            rate = 1 / per_byte if per_byte else sent[-1] / times[-1]
-            rows.append({"operation": operation, "ranks": world, "latency": latency, "rate": rate})
+        for inner in (n for n in range(2, world + 1) if world % n == 0):
+            for found in ranks.spawn(world, _collective_rank, inner, [max(world, n // shrink) for n in SIZES], shrink):
+                times, sent = found.pop("seconds"), found.pop("sent")
+                latency, per_byte = units.fit([[1.0, float(size)] for size in sent], times)
+                rate = 1 / per_byte if per_byte else sent[-1] / times[-1]
+                rows.append({**found, "world": world, "latency": latency, "rate": rate})
     return rows
 
 
@@ -77,33 +86,50 @@ def _unit_rank(
         return [json.loads((folder / f"{other}.json").read_text(encoding="utf-8")) for other in range(world)]
 
 
-def _collective_rank(rank: int, world: int, folder: Path, sizes: list[int]) -> dict[str, Any]:
-    """Median seconds of each collective by size, with the bytes that this rank sent."""
+def _collective_rank(
+    rank: int, world: int, folder: Path, inner: int, sizes: list[int], shrink: int
+) -> list[dict[str, Any]]:
+    """Every collective among `inner` neighbours, and among those of their groups that stand at the same place."""
     with _joined(rank, world, folder):
-        return _collectives(sizes)
+        mesh = Mesh.create(Layout(dp=world // inner, tp=inner))
+        side = max(8, SIDE // shrink)
+        a, b = (torch.randn(side, side).bfloat16() for _ in range(2))
+        turn = partial(_turn, lambda: product(a, b.T, torch.bfloat16))
+        alone = turn(lambda: None)
+        axes = [(mesh["tp"], 1), (mesh["dp"], inner)]
+        return [row for axis, stride in axes if axis.size > 1 for row in _collectives(axis, stride, sizes, turn, alone)]
 
 
-def _collectives(sizes: list[int]) -> dict[str, Any]:
-    axis = Mesh.create(Layout(dp=dist.get_world_size()))["dp"]
-    world = axis.size
+def _collectives(
+    axis: Axis, stride: int, sizes: list[int], turn: Callable[[Callable[[], Any]], float], alone: float
+) -> Iterator[dict[str, Any]]:
+    """What each collective adds to a turn, in seconds by size, with the bytes that this rank sends."""
+    sources = cycle(range(axis.size))
     runs: dict[str, Callable[[torch.Tensor], Any]] = {
         "all_reduce": lambda x: collectives.all_reduce(x, axis),
-        "all_gather": lambda x: collectives.all_gather(x[: x.numel() // world], axis),
+        "all_gather": lambda x: collectives.all_gather(x[: x.numel() // axis.size], axis),
         "reduce_scatter": lambda x: collectives.reduce_scatter(x, axis),
-        "broadcast": lambda x: [collectives.broadcast(x, axis, source) for source in range(world)],
+        "broadcast": lambda x: collectives.broadcast(x, axis, next(sources)),
         "send": lambda x: collectives.shift(x, axis),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    sent: dict[str, list[int]] = {name: [] for name in runs}
     for name, run in runs.items():
+        seconds, sent = [], []
         for size in sizes:
-            x, times, calls = torch.zeros(size), [], world if name == "broadcast" else 1
-            for _ in range(REPEATS):
-                dist.barrier()
-                before = axis.ledger.sum().bytes
-                begin = time.perf_counter()
+            x, before = torch.zeros(size), axis.ledger.sum().bytes
+            for _ in range(axis.size):
                 run(x)
-                times.append((time.perf_counter() - begin) / calls)
-            seconds[name].append(median(times))
-            sent[name].append((axis.ledger.sum().bytes - before) // calls)
-    return {"seconds": seconds, "sent": sent}
+            sent.append((axis.ledger.sum().bytes - before) // axis.size)
+            seconds.append(max(1e-6, turn(partial(run, x)) - alone))
+        yield {"operation": name, "ranks": axis.size, "stride": stride, "seconds": seconds, "sent": sent}
+
+
+def _turn(compute: Callable[[], Any], talk: Callable[[], Any]) -> float:
+    """Seconds of one turn of computing and talking, all ranks of the node together: the mean, since tails count."""
+    compute()
+    dist.barrier()
+    begin = time.perf_counter()
+    for _ in range(TURNS):
+        compute()
+        talk()
+    dist.barrier()
+    return (time.perf_counter() - begin) / TURNS

@@ -25,6 +25,7 @@ from tozan.ops import gelu, linear_cross_entropy, swiglu
 from tozan.optim.adamw import AdamW
 from tozan.optim.gradients import norm_of_sums, scale_gradients, squares_of, sums_of_squares
 from tozan.parallel import context
+from tozan.train.integrity import checksums
 
 LINEARS = (
     (4096, 768, 2304),
@@ -231,9 +232,10 @@ def _embedding(seconds: float, tokens: int, width: int, vocabulary: int) -> Time
 
 
 def _optimizer(seconds: float, size: int) -> float:
-    """Seconds per parameter of norm, clipping, AdamW."""
+    """Seconds per parameter of norm, clipping, AdamW, and the checksums of what rests before and after."""
     parameters = {f"p{i}": nn.Parameter(torch.randn(size // 4096, 1024)) for i in range(4)}
     adamw = AdamW(parameters, Optim())
+    resting = [*(p.detach() for p in parameters.values()), *adamw.tensors().values()]
     times: list[float] = []
     end = time.perf_counter() + 2 * seconds
     while time.perf_counter() < end or len(times) < 4:
@@ -242,6 +244,8 @@ def _optimizer(seconds: float, size: int) -> float:
         begin = time.perf_counter()
         norm_of_sums(sums_of_squares(squares_of(parameters)))
         scale_gradients(parameters, 0.5)
+        checksums(resting)
         adamw.step(1e-4)
+        checksums(resting)
         times.append(time.perf_counter() - begin)
     return median(times[1:]) / sum(p.numel() for p in parameters.values())

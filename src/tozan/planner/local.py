@@ -8,11 +8,12 @@ says. Collectives are moved by the same cores, so none of their time hides behin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log, prod
 
 from tozan.models.arithmetic import block_matrices
 from tozan.planner import traffic
 from tozan.planner.books import Trip, held, units
-from tozan.planner.machine import Machine, Precision, Trainer
+from tozan.planner.machine import Machine, Measured, Precision, Trainer
 from tozan.schedules import Action, create, replay
 
 PHASES = ("forward", "backward", "optimizer", "bubble", "communication")
@@ -195,42 +196,50 @@ def _attention(trip: Trip, unit: Trainer, tokens: int, parts: int) -> tuple[floa
 
 
 def _communication(trip: Trip, machine: Machine) -> dict[str, float]:
-    """Seconds of every axis' operations on the rank that sends most; groups that talk at once share the cores."""
-    world, cores = trip.layout.world_size, max(1, machine.cores)
+    """Seconds of every axis' operations on the rank that sends most."""
     found: dict[str, float] = {}
-    for rank in range(world):
+    for rank in range(trip.layout.world_size):
         books = traffic.books(trip, rank)
         own: dict[str, float] = {}
         for (axis, operation, name), calls in books.calls.items():
-            ranks = _ranks(trip, axis)
-            crowd = max(1.0, world / ranks * min(ranks, cores) / cores)
-            seconds = _seconds(machine, operation, ranks, calls, books.sent[axis, operation, name])
+            seconds = _seconds(trip, machine, axis, operation, calls, books.sent[axis, operation, name])
             key = f"communication/{axis}"
-            own[key] = own.get(key, 0.0) + crowd * seconds
+            own[key] = own.get(key, 0.0) + seconds
         found = max(found, own, key=lambda phases: sum(phases.values()))
     return found
 
 
-def _ranks(trip: Trip, axis: str) -> int:
-    """Ranks along an axis by its name in the ledger."""
+def _group(trip: Trip, axis: str) -> tuple[int, int]:
+    """Ranks along an axis by its name in the ledger, and how far apart neighbours are."""
     if axis == "world":
-        return trip.layout.world_size
+        return trip.layout.world_size, 1
     if axis.startswith("dp_"):
         inside = trip.zero_group or trip.layout.dp
-        return inside if axis == "dp_shards" else trip.layout.dp // inside
-    product = 1
-    for name in axis.split("+"):
-        product *= trip.layout.size(name)
-    return product
+        apart = trip.layout.stride("dp")
+        return (inside, apart) if axis == "dp_shards" else (trip.layout.dp // inside, apart * inside)
+    names = [name for name in axis.split("+") if trip.layout.size(name) > 1]
+    return prod(map(trip.layout.size, names)), min(map(trip.layout.stride, names), default=1)
 
 
-def _seconds(machine: Machine, operation: str, ranks: int, calls: int, sent: int) -> float:
-    """Seconds of some calls that send so many bytes in all, from what was measured with nearly as many ranks."""
+def _seconds(trip: Trip, machine: Machine, axis: str, operation: str, calls: int, sent: int) -> float:
+    """Seconds of some calls that send so many bytes in all, from what was measured in the most similar groups.
+
+    Ranks of other groups that talk at once share the cores: that is measured, or, where only one group was, reckoned.
+    """
     known = [one for one in machine.collectives if one.operation == operation]
     if not known:
         return calls * machine.node.latency + sent / machine.node.bandwidth
-    nearest = min(known, key=lambda one: abs(one.ranks - ranks))
-    return calls * nearest.latency + sent / nearest.rate
+    ranks, stride = _group(trip, axis)
+    world, cores = trip.layout.world_size, max(1, machine.cores)
+
+    def apart(one: Measured) -> tuple[float, ...]:
+        pairs = (world, one.world or one.ranks), (ranks, one.ranks), (stride, one.stride)
+        return tuple(abs(log(a / b)) for a, b in pairs)
+
+    nearest = min(known, key=apart)
+    groups = world / ranks, (nearest.world or nearest.ranks) / nearest.ranks
+    busy = [max(1.0, count * min(ranks, cores) / cores) for count in groups]
+    return busy[0] / busy[1] * (calls * nearest.latency + sent / nearest.rate)
 
 
 def _dot(coefficients: tuple[float, ...], *terms: float) -> float:

@@ -219,12 +219,16 @@ class Trainer(_Table):
 
 
 class Measured(_Table):
-    """A collective between ranks of one node, as measured: latency + bytes sent by a rank / rate."""
+    """A collective between ranks of one node, as measured at work: latency + bytes sent by a rank / rate."""
 
     operation: Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
     """Which, by its name in the ledger."""
     ranks: Natural
-    """How many talked."""
+    """How many talked to each other."""
+    world: Annotated[int, Field(ge=0)] = 0
+    """Ranks of the node, all of them busy and talking in such groups; 0: `ranks`."""
+    stride: Natural = 1
+    """How far apart in rank numbers two neighbours of a group were."""
     latency: Annotated[float, Field(ge=0.0)]
     """Seconds of one with next to no bytes."""
     rate: Above
