@@ -78,7 +78,12 @@ class Trip:
     @property
     def hands_over(self) -> bool:
         """Whether a pipeline hands each micro-batch's gradients to the replicas."""
-        return self.layout.pp > 1 and self.replicas > 1 and (self.deterministic or self.zero >= 2)
+        return self.layout.pp > 1 and self.replicas > 1 and self.sums_often
+
+    @property
+    def sums_often(self) -> bool:
+        """Whether replicas sum every micro-batch's gradients, not only the step's."""
+        return self.deterministic or self.zero >= 2
 
     def pieces(self, stage: int) -> tuple[range, ...]:
         """Blocks of a pipeline stage, by chunk."""

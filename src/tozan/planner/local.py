@@ -124,7 +124,7 @@ def _once(trip: Trip, unit: Trainer, machine: Machine, here: dict[str, int]) -> 
     share = (trip.zero_group or trip.replicas) if trip.zero else 1
     packed = 0.0
     if trip.replicas > 1:
-        often = trip.accumulate if (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2 else 1
+        often = trip.accumulate if trip.sums_often else 1
         moved = sum(packing.total for _, packing in units(trip, here)) * trip.state_item
         packed = often * 2 * moved / machine.device.bandwidth * max(1, min(machine.cores, trip.layout.world_size))
     return unit.optimizer[0] * elements / share + packed

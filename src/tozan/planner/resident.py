@@ -111,11 +111,6 @@ def _launches(trip: Trip, here: dict[str, int]) -> list[Launch]:
     return found[::-1] if trip.zero else found
 
 
-def _often(trip: Trip) -> bool:
-    """Whether every micro-batch's gradients are sent, not only the last's."""
-    return trip.hands_over or (trip.deterministic and trip.layout.pp == 1) or trip.zero >= 2
-
-
 def _gradients(trip: Trip, whole: float, sent: list[Launch], share: int) -> tuple[float, float]:
     """Bytes of gradients at the end of the backward pass, and while the last micro-batch's activations are held."""
     if not sent:
@@ -123,7 +118,7 @@ def _gradients(trip: Trip, whole: float, sent: list[Launch], share: int) -> tupl
     sizes = [one.size for one in sent]
     summed = sum(sizes) / (share if trip.zero else trip.replicas)
     # As sent and as received: the last two of the micro-batch before wait to be added until others are launched.
-    early = summed + 2 * sum(sizes[-IN_FLIGHT:]) if _often(trip) else whole
+    early = summed + 2 * sum(sizes[-IN_FLIGHT:]) if trip.sums_often else whole
     return summed + (sum(sizes) if trip.zero == 0 else 0.0), early if trip.accumulate > 1 else 0.0
 
 
@@ -135,7 +130,7 @@ def _launched(
     The one before is on its way, as sent and as received; this one is there as gradients and flat, then flat, as
     sent, and as received. The embedding's gradient is added to that of a tied head.
     """
-    many = trip.accumulate > 1 and _often(trip)
+    many = trip.accumulate > 1 and trip.sums_often
     divisor = share if trip.zero else trip.replicas
     found = []
     for number, unit in enumerate(sent):

@@ -72,7 +72,7 @@ def _replicas(books: Books) -> None:
     inside = Line(f"{dp.name}_shards", shards, dp.index % shards) if hybrid else dp
     across = Line(f"{dp.name}_replicas", dp.size // shards, dp.index // shards)
     in_order = trip.deterministic
-    often = trip.accumulate if in_order or trip.zero >= 2 else 1
+    often = trip.accumulate if trip.sums_often else 1
     for unit, packing in units(trip, books.here):
         name, total = f"gradients of {unit}", packing.total
         axis = inside if hybrid and not in_order else dp
