@@ -2,7 +2,7 @@
 
     python benchmarks/plan_measured.py                         calibrates first (2 minutes), then runs every layout
     python benchmarks/plan_measured.py --machine mine.toml     with a machine file of `tozan bench calibrate`
-    python benchmarks/plan_measured.py --only gpt2             those whose name has this in it
+    python benchmarks/plan_measured.py --only gpt2 zero3       those whose name has one of these in it
     python benchmarks/plan_measured.py --memory                two steps each, for memory and bytes only
     python benchmarks/plan_measured.py --folder runs           leaves ledgers and phases of every rank there
 
@@ -142,7 +142,7 @@ MACHINE: list[Path] = []
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", type=Path, help="default: calibrate now")
-    parser.add_argument("--only", default="", help="part of a run's name")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of runs' names")
     parser.add_argument("--memory", action="store_true", help="two steps each: times mean nothing then")
     parser.add_argument("--folder", type=Path, help="where the runs stay; default: nowhere")
     parser.add_argument("--take-steps", type=Path, help=argparse.SUPPRESS)
@@ -157,7 +157,7 @@ def main() -> None:
         print(f"took {time.perf_counter() - begin:.0f} s")
 
 
-def compare(base: Path, machine: Path | None, only: str, memory: bool) -> None:
+def compare(base: Path, machine: Path | None, only: list[str], memory: bool) -> None:
     """Run every layout, and print its line."""
     if machine is None:
         from tozan.bench.calibrate import calibrate
@@ -174,7 +174,7 @@ def compare(base: Path, machine: Path | None, only: str, memory: bool) -> None:
     path.write_text(CONFIG.format(data=base / "data"))
     print("model        layout               ranks  predicted  measured   error      MB     MB   error  bytes")
     errors, memories, exact = [], [], 0
-    chosen = [run for run in RUNS if only in f"{run[0]} {run[1]}"]
+    chosen = [run for run in RUNS if any(part in f"{run[0]} {run[1]}" for part in only)]
     for model, name, extra in chosen:
         flags = [*SHAPES[model], *extra, f"--run.folder={base / f'{model} {name}'.replace(' ', '-')}"]
         flags += ["--train.steps=2"] if memory else []

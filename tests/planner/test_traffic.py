@@ -10,7 +10,7 @@ from tozan import models
 from tozan.comm import Mesh
 from tozan.config import load
 from tozan.models.arithmetic import Shape, parameter_shapes
-from tozan.planner import predict
+from tozan.planner import predict, traffic
 from tozan.train import fit
 from tozan.train.run import assemble
 from tozan.train.split import mesh_layout
@@ -99,15 +99,17 @@ def test_the_ledger_counts_what_was_forecast(name, unheld_data, machine_file, tm
     spawn(config.layout.processes, run_rank, path, [*model, *words], timeout=300.0)
     forecast = predict(config, machine_file)
     for rank in range(config.layout.processes):
-        expected = {key: config.train.steps * sent for key, sent in forecast.traffic(rank).items()}
+        books = traffic.books(forecast.trip, rank)
+        steps = config.train.steps
+        expected = {key: (steps * sent, steps * books.calls[key]) for key, sent in forecast.traffic(rank).items()}
         assert ledger(folder / "ledger" / f"rank-{rank:06d}.jsonl") == expected, rank
 
 
-def ledger(path: Path) -> dict[tuple[str, str, str], int]:
-    """Bytes by axis, operation and name; what sent nothing is left out."""
+def ledger(path: Path) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """Bytes and calls by axis, operation and name; what sent nothing is left out."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {
-        (line["axis"], line["operation"], line["name"]): line["bytes"]
+        (line["axis"], line["operation"], line["name"]): (line["bytes"], line["count"])
         for line in lines
         if line["bytes"] and not line["name"].startswith(OUTSIDE)
     }

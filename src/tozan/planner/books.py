@@ -156,11 +156,11 @@ class Books:
         """Those of one row of the grid."""
         return self.axis("tp_col")
 
-    def add(self, axis: Line, operation: str, name: str, sent: int, times: int = 1) -> None:
-        """Book an operation; an axis of one rank has none."""
+    def add(self, axis: Line, operation: str, name: str, sent: int, times: int = 1, calls: int = 1) -> None:
+        """Book an operation, or `calls` of them that send so much together; an axis of one rank has none."""
         if axis.size > 1:
             self.sent[axis.name, operation, name] += sent * times
-            self.calls[axis.name, operation, name] += times
+            self.calls[axis.name, operation, name] += calls * times
 
     def all_reduce(
         self, axis: Line, name: str, elements: int, item: int, times: int = 1, ordered: bool = False
@@ -183,11 +183,12 @@ class Books:
     def panels(self, axis: Line, elements: int, item: int, times: int = 1) -> None:
         """SUMMA: the blocks of all ranks along an axis, broadcast in turn."""
         sent = sum(wire.broadcast(elements * item, axis.size, (axis.index - s) % axis.size) for s in range(axis.size))
-        self.add(axis, "broadcast", "summa panel", sent, times)
+        self.add(axis, "broadcast", "summa panel", sent, times, calls=axis.size)
 
     def sums(self, axis: Line, elements: int, item: int, times: int = 1) -> None:
         """SUMMA: part l of a product summed onto rank l."""
-        self.add(axis, "reduce_scatter", "summa sum", elements * item * (axis.size - 1), times)
+        sent = elements * item * (axis.size - 1)
+        self.add(axis, "reduce_scatter", "summa sum", sent, times, calls=axis.size)
 
 
 def held(trip: Trip, here: dict[str, int]) -> dict[str, int]:

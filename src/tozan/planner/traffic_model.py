@@ -30,10 +30,10 @@ def passes(books: Books) -> None:
 def _ring(books: Books, times: int) -> None:
     """Keys and values on their way round in attention, forward and backward, and their gradients behind them."""
     trip, axis = books.trip, books.axis("cp")
-    moved = (axis.size - 1) * 2 * trip.micro_batch * trip.tokens * trip.shape.kv_width // trip.layout.tp
-    again = 1 if books.recompute == "full" else 0
-    books.add(axis, "send", "keys and values", moved * trip.item, (2 + again) * times)
-    books.add(axis, "send", "gradients of keys and values", moved * max(trip.item, 4), times)
+    moved = 2 * trip.micro_batch * trip.tokens * trip.shape.kv_width // trip.layout.tp
+    again, hops = 1 if books.recompute == "full" else 0, axis.size - 1
+    books.add(axis, "send", "keys and values", moved * trip.item, (2 + again) * times * hops)
+    books.add(axis, "send", "gradients of keys and values", moved * max(trip.item, 4), times * hops)
 
 
 class Flat:
