@@ -31,11 +31,11 @@ from tozan.ops import product
 from tozan.train.machine import set_allocator
 
 SIZES = (1 << 12, 1 << 18, 1 << 21)
-"""Elements of a collective's buffer (fp32): 16 KiB, 1 MiB, 8 MiB."""
+"""Elements of a collective's buffer: 16 KiB, 1 MiB, 8 MiB in fp32; the largest among all ranks only."""
 WORLDS = (2, 4, 8)
 """Ranks of a node."""
-SIDE, TURNS = 512, 32
-"""Side of the products between which collectives are timed, and how many of both take turns."""
+SAMPLES, WIDTH, TURNS = 2, 512, 24
+"""Of the residual stream, which is what layers send; and how many turns of computing and talking are taken."""
 
 
 def crowd(precision: str, seconds: float, shrink: int) -> dict[str, list[float]]:
@@ -48,13 +48,13 @@ def together(worlds: tuple[int, ...] = WORLDS, shrink: int = 1) -> list[dict[str
     """Every collective between the ranks of a node, and between parts of them that all talk at once.
 
     Returns:
-        Rows of `operation`, `world`, `ranks`, `stride`, `latency` (s) and `rate` (bytes/s sent by a rank), as machine
-        files have them.
+        Rows of `operation`, `world`, `ranks`, `stride`, `item` (bytes of an element), `latency` (s) and `rate` (bytes/s
+        sent by a rank), as machine files have them.
     """
     rows = []
     for world in worlds:
         for inner in (n for n in range(2, world + 1) if world % n == 0):
-            for found in ranks.spawn(world, _collective_rank, inner, [max(world, n // shrink) for n in SIZES], shrink):
+            for found in ranks.spawn(world, _collective_rank, inner, [n // shrink for n in SIZES], shrink):
                 times, sent = found.pop("seconds"), found.pop("sent")
                 latency, per_byte = units.fit([[1.0, float(size)] for size in sent], times)
                 rate = 1 / per_byte if per_byte else sent[-1] / times[-1]
@@ -92,35 +92,48 @@ def _collective_rank(
     """Every collective among `inner` neighbours, and among those of their groups that stand at the same place."""
     with _joined(rank, world, folder):
         mesh = Mesh.create(Layout(dp=world // inner, tp=inner))
-        side = max(8, SIDE // shrink)
-        a, b = (torch.randn(side, side).bfloat16() for _ in range(2))
-        turn = partial(_turn, lambda: product(a, b.T, torch.bfloat16))
-        alone = turn(lambda: None)
-        axes = [(mesh["tp"], 1), (mesh["dp"], inner)]
-        return [row for axis, stride in axes if axis.size > 1 for row in _collectives(axis, stride, sizes, turn, alone)]
+        turn = partial(_turn, _half_block(shrink))
+        found: list[dict[str, Any]] = []
+        for axis, stride in ((mesh["tp"], 1), (mesh["dp"], inner)):
+            if axis.size > 1:
+                found += _collectives(axis, stride, sizes if axis.size == world else sizes[:2], turn)
+        return found
 
 
 def _collectives(
-    axis: Axis, stride: int, sizes: list[int], turn: Callable[[Callable[[], Any]], float], alone: float
+    axis: Axis, stride: int, sizes: list[int], turn: Callable[[Callable[[], Any]], float]
 ) -> Iterator[dict[str, Any]]:
     """What each collective adds to a turn, in seconds by size, with the bytes that this rank sends."""
-    sources = cycle(range(axis.size))
-    runs: dict[str, Callable[[torch.Tensor], Any]] = {
-        "all_reduce": lambda x: collectives.all_reduce(x, axis),
-        "all_gather": lambda x: collectives.all_gather(x[: x.numel() // axis.size], axis),
-        "reduce_scatter": lambda x: collectives.reduce_scatter(x, axis),
-        "broadcast": lambda x: collectives.broadcast(x, axis, next(sources)),
-        "send": lambda x: collectives.shift(x, axis),
-    }
-    for name, run in runs.items():
-        seconds, sent = [], []
-        for size in sizes:
-            x, before = torch.zeros(size), axis.ledger.sum().bytes
-            for _ in range(axis.size):
+    sources, size = cycle(range(axis.size)), axis.size
+    wide, half = torch.float32, torch.bfloat16
+    # Gradients are flat and in fp32; what layers send is cut along its tokens, and mostly in bf16.
+    runs: list[tuple[str, torch.dtype, Callable[[torch.Tensor], Any]]] = [
+        ("all_reduce", wide, lambda x: collectives.all_reduce(x, axis)),
+        ("all_gather", wide, lambda x: collectives.all_gather(x.view(-1)[: x.numel() // size], axis)),
+        ("all_gather", half, lambda x: collectives.all_gather(x[:, : x.shape[1] // size], axis, dim=1)),
+        ("reduce_scatter", wide, lambda x: collectives.reduce_scatter(x.view(-1), axis)),
+        ("reduce_scatter", half, lambda x: collectives.reduce_scatter(x, axis, dim=1)),
+        ("broadcast", half, lambda x: collectives.broadcast(x, axis, next(sources))),
+        ("send", wide, lambda x: collectives.shift(x, axis)),
+    ]
+    for name, dtype, run in runs:
+        alone, seconds, sent = turn(lambda: None), [], []
+        for elements in sizes:
+            tokens = max(1, elements // (SAMPLES * WIDTH * size)) * size
+            x, before = torch.zeros(SAMPLES, tokens, WIDTH, dtype=dtype), axis.ledger.sum().bytes
+            for _ in range(size):
                 run(x)
-            sent.append((axis.ledger.sum().bytes - before) // axis.size)
+            sent.append((axis.ledger.sum().bytes - before) // size)
             seconds.append(max(1e-6, turn(partial(run, x)) - alone))
-        yield {"operation": name, "ranks": axis.size, "stride": stride, "seconds": seconds, "sent": sent}
+        row = {"operation": name, "ranks": size, "stride": stride, "item": x.element_size()}
+        yield {**row, "seconds": seconds, "sent": sent}
+
+
+def _half_block(shrink: int) -> Callable[[], Any]:
+    """What layers compute between two collectives: a product, and a pass over the residual stream."""
+    width = max(8, WIDTH // shrink)
+    x, weight, stream = (torch.randn(rows, width) for rows in (2 * width, width, 2 * width))
+    return lambda: stream.add_(product(x.bfloat16(), weight.T, torch.bfloat16))
 
 
 def _turn(compute: Callable[[], Any], talk: Callable[[], Any]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import combinations
 from statistics import median
 from typing import Any
@@ -44,6 +45,9 @@ STREAMS = ((4096, 768), (1024, 768), (512, 256))
 """Residual streams as (tokens, width)."""
 HEADS = ((1024, 768, 8192), (512, 256, 4096), (256, 768, 50304), (1024, 256, 1024))
 """Output heads as (tokens, width, vocabulary)."""
+
+COLD = 1 << 26
+"""Bytes of the layers that a linear layer is timed among, so that its weights come from memory as in a step."""
 
 Times = tuple[float, float]
 """Seconds forward and backward."""
@@ -82,7 +86,7 @@ def measure(precision: str, seconds: float, shrink: int = 1) -> dict[str, list[f
     note(
         "linear",
         [[2.0 * n * i * o, i * o, n * (i + o), 1] for n, i, o in linears],
-        [_linear(dtype, seconds, *size) for size in linears],
+        [_linear(dtype, seconds, COLD // shrink**2, *size) for size in linears],
     )
     note("norm", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.LayerNorm, *size) for size in streams])
     note("rms", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.RMSNorm, *size) for size in streams])
@@ -126,9 +130,17 @@ def fit(terms: list[list[float]], times: list[float]) -> list[float]:
 
 
 def _passes(seconds: float, dtype: torch.dtype | None, forward: Callable[[], Tensor], *inputs: Tensor) -> Times:
-    """Median seconds of a forward and a backward pass, each after one to warm up.
+    """`_passes_of` one operation, which finds what it needs where it left it."""
+    return _passes_of(seconds, dtype, [forward], *inputs)
 
-    Weights keep their gradients, to which the next is added; `inputs` lose theirs, as activations do.
+
+def _passes_of(
+    seconds: float, dtype: torch.dtype | None, forwards: Sequence[Callable[[], Tensor]], *inputs: Tensor
+) -> Times:
+    """Median seconds of a forward and a backward pass of one of several operations alike, after a round to warm up.
+
+    All forward passes come before all backward passes, as in a step. Weights keep their gradients, to which the next is
+    added; `inputs` lose theirs, as activations do.
     """
     ahead: list[float] = []
     back: list[float] = []
@@ -137,24 +149,27 @@ def _passes(seconds: float, dtype: torch.dtype | None, forward: Callable[[], Ten
     while time.perf_counter() < end or len(ahead) < 4:
         begin = time.perf_counter()
         with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
-            y = forward()
+            results = [forward() for forward in forwards]
         between = time.perf_counter()
         if gradient is None:
-            gradient = torch.randn(y.shape, dtype=torch.float32).to(y.dtype)
+            gradient = torch.randn(results[0].shape, dtype=torch.float32).to(results[0].dtype)
         started = time.perf_counter()
-        y.backward(gradient)  # type: ignore[no-untyped-call]
-        ahead.append(between - begin)
-        back.append(time.perf_counter() - started)
+        while results:
+            results.pop().backward(gradient)  # type: ignore[no-untyped-call]
+        ahead.append((between - begin) / len(forwards))
+        back.append((time.perf_counter() - started) / len(forwards))
         for x in inputs:
             x.grad = None
     return median(ahead[1:]), median(back[1:])
 
 
-def _linear(dtype: torch.dtype | None, seconds: float, tokens: int, inputs: int, outputs: int) -> Times:
+def _linear(dtype: torch.dtype | None, seconds: float, cold: int, tokens: int, inputs: int, outputs: int) -> Times:
     """A linear layer: casts of weight and input, product, bias; two products, their casts, adding to `.grad`."""
-    layer = Linear(inputs, outputs)
-    source = torch.randn(tokens, inputs).to(dtype or torch.float32).requires_grad_()
-    return _passes(seconds, dtype, lambda: layer(source), source)
+    copies = max(2, min(64, cold // (8 * inputs * outputs + 2 * tokens * (inputs + outputs))))
+    layers = [Linear(inputs, outputs) for _ in range(copies)]
+    sources = [torch.randn(tokens, inputs).to(dtype or torch.float32).requires_grad_() for _ in layers]
+    calls = [partial(layer, x) for layer, x in zip(layers, sources, strict=True)]
+    return _passes_of(seconds, dtype, calls, *sources)
 
 
 def _norm(dtype: torch.dtype | None, seconds: float, kind: type[nn.Module], tokens: int, width: int) -> Times:

@@ -12,7 +12,7 @@ from math import log, prod
 
 from tozan.models.arithmetic import block_matrices
 from tozan.planner import traffic
-from tozan.planner.books import Trip, held, units
+from tozan.planner.books import Key, Trip, held, units
 from tozan.planner.machine import Machine, Measured, Precision, Trainer
 from tozan.schedules import Action, create, replay
 
@@ -20,6 +20,8 @@ PHASES = ("forward", "backward", "optimizer", "bubble", "communication")
 """What a step is made of here; communication is by axis, as `communication/dp`."""
 NORMS, ROWS = 2, ("attn.proj", "mlp.proj", "mlp.down")
 """Norms of a block; matrices whose inputs 1D tensor parallelism splits."""
+ACTIVATIONS = ("tp enter", "tp leave", "summa panel", "summa sum", "keys and values")
+"""What travels in the compute type, by its name in the ledger; everything else is as wide as parameters."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,9 @@ def _communication(trip: Trip, machine: Machine) -> dict[str, float]:
     for rank in range(trip.layout.world_size):
         books = traffic.books(trip, rank)
         own: dict[str, float] = {}
-        for (axis, operation, name), calls in books.calls.items():
-            seconds = _seconds(trip, machine, axis, operation, calls, books.sent[axis, operation, name])
-            key = f"communication/{axis}"
-            own[key] = own.get(key, 0.0) + seconds
+        for key, calls in books.calls.items():
+            phase = f"communication/{key[0]}"
+            own[phase] = own.get(phase, 0.0) + _seconds(trip, machine, key, calls, books.sent[key])
         found = max(found, own, key=lambda phases: sum(phases.values()))
     return found
 
@@ -221,19 +222,21 @@ def _group(trip: Trip, axis: str) -> tuple[int, int]:
     return prod(map(trip.layout.size, names)), min(map(trip.layout.stride, names), default=1)
 
 
-def _seconds(trip: Trip, machine: Machine, axis: str, operation: str, calls: int, sent: int) -> float:
+def _seconds(trip: Trip, machine: Machine, key: Key, calls: int, sent: int) -> float:
     """Seconds of some calls that send so many bytes in all, from what was measured in the most similar groups.
 
     Ranks of other groups that talk at once share the cores: that is measured, or, where only one group was, reckoned.
     """
+    axis, operation, name = key
     known = [one for one in machine.collectives if one.operation == operation]
     if not known:
         return calls * machine.node.latency + sent / machine.node.bandwidth
     ranks, stride = _group(trip, axis)
     world, cores = trip.layout.world_size, max(1, machine.cores)
+    item = trip.item if name in ACTIVATIONS else trip.state_item
 
     def apart(one: Measured) -> tuple[float, ...]:
-        pairs = (world, one.world or one.ranks), (ranks, one.ranks), (stride, one.stride)
+        pairs = (item, one.item), (world, one.world or one.ranks), (ranks, one.ranks), (stride, one.stride)
         return tuple(abs(log(a / b)) for a, b in pairs)
 
     nearest = min(known, key=apart)

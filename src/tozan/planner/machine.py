@@ -229,6 +229,8 @@ class Measured(_Table):
     """Ranks of the node, all of them busy and talking in such groups; 0: `ranks`."""
     stride: Natural = 1
     """How far apart in rank numbers two neighbours of a group were."""
+    item: Natural = 4
+    """Bytes of an element; sums of 16-bit ones, and what is not cut along its first dim, cost copies."""
     latency: Annotated[float, Field(ge=0.0)]
     """Seconds of one with next to no bytes."""
     rate: Above
