@@ -83,6 +83,16 @@ def test_communication_is_that_of_the_groups_which_were_measured():
     assert phases["communication/tp_row"] == pytest.approx(3 * panels["tp_row"], rel=0.01)
 
 
+def test_tensor_parallel_ranks_have_products_and_a_head_of_their_own():
+    """On a grid of four every rank makes a quarter of each product, in two parts; the vocabulary is halved."""
+    none = (0, 0, 0, 0)
+    own = {"grid_forward": (5e-11, 0, 0, 0), "grid_backward": none, "sharded_head": (0, 1e-9, 0, 0)}
+    tools = machine(4).model_copy(update={"trainer": (UNIT.model_copy(update=own),), "collectives": ()})
+    grid = Trip(SHAPE, Layout(tp=4, scheme="2d"), micro_batch=2, accumulate=4, item=2)
+    logits = 4 * (2 * 128 // 2) * (2048 // 2)
+    assert local.step(grid, tools, "bf16")["forward"] == pytest.approx(4 * products() / 4 * 5e-11 + logits * 1e-9)
+
+
 def test_stages_take_what_their_layers_and_recomputation_take():
     """Three of four blocks on the first stage, which also computes them again: on one core each."""
     whole = local.step(trip(), machine(1), "bf16")

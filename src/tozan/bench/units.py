@@ -20,12 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from tozan.bench.measure import times
+from tozan.comm import Axis
 from tozan.models.arithmetic import Shape
 from tozan.models.layers import Attention, Linear, Rotary
 from tozan.ops import gelu, linear_cross_entropy, swiglu
 from tozan.optim.adamw import AdamW
 from tozan.optim.gradients import norm_of_sums, scale_gradients, squares_of, sums_of_squares
 from tozan.parallel import context
+from tozan.parallel.summa import Grid
+from tozan.parallel.tensor_1d import VocabularyProducts
+from tozan.parallel.tensor_2d import SummaLinear
+from tozan.parallel.vocabulary import sharded_cross_entropy
 from tozan.train.integrity import checksums
 
 LINEARS = (
@@ -88,6 +93,12 @@ def measure(precision: str, seconds: float, shrink: int = 1) -> dict[str, list[f
         [[2.0 * n * i * o, i * o, n * (i + o), 1] for n, i, o in linears],
         [_linear(dtype, seconds, COLD // shrink**2, *size) for size in linears],
     )
+    shards = linears[2:]
+    note(
+        "grid",
+        [[2.0 * n * i * o, i * o, n * (i + o), 1] for n, i, o in shards],
+        [_grid(dtype, seconds, *size) for size in shards],
+    )
     note("norm", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.LayerNorm, *size) for size in streams])
     note("rms", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.RMSNorm, *size) for size in streams])
     inner = [(n, 4 * d) for n, d in streams]
@@ -98,8 +109,9 @@ def measure(precision: str, seconds: float, shrink: int = 1) -> dict[str, list[f
     turned = [[1.0 * b * h * t * s, 1] for b, h, t, s in attentions]
     note("rotary", turned, [_rotary(dtype, seconds, *size) for size in attentions])
     note("ring", scores, [_ring(dtype, seconds, *size) for size in attentions])
-    both = [sum(_head(dtype, seconds, *size)) for size in heads]
-    found["head"] = fit([[6.0 * n * d * v, n * v, d * v, 1] for n, d, v in heads], both)
+    for name, sharded in (("head", False), ("sharded_head", True)):
+        both = [sum(_head(dtype, seconds, sharded, *size)) for size in heads]
+        found[name] = fit([[6.0 * n * d * v, n * v, d * v, 1] for n, d, v in heads], both)
     both = [sum(_embedding(seconds, *size)) for size in heads]
     found["embedding"] = fit([[n * d, d * v, 1] for n, d, v in heads], both)
     found["optimizer"] = [_optimizer(seconds, max(1024, 2**23 // shrink))]
@@ -172,6 +184,14 @@ def _linear(dtype: torch.dtype | None, seconds: float, cold: int, tokens: int, i
     return _passes_of(seconds, dtype, calls, *sources)
 
 
+def _grid(dtype: torch.dtype | None, seconds: float, tokens: int, inputs: int, outputs: int) -> Times:
+    """A linear layer on a grid of ranks, without what they send: SUMMA's products of blocks, and their sums."""
+    alone = Axis.single()
+    layer = SummaLinear({"weight": nn.Parameter(torch.randn(outputs, inputs))}, Grid(alone, alone))
+    source = torch.randn(tokens, inputs).to(dtype or torch.float32).requires_grad_()
+    return _passes(seconds, dtype, lambda: layer(source), source)
+
+
 def _norm(dtype: torch.dtype | None, seconds: float, kind: type[nn.Module], tokens: int, width: int) -> Times:
     """A residual sum and the norm after it, cast to the compute type."""
     norm = kind(width)
@@ -231,11 +251,14 @@ def _ring(dtype: torch.dtype | None, seconds: float, batch: int, heads: int, tok
     return median(ahead), median(back)
 
 
-def _head(dtype: torch.dtype | None, seconds: float, tokens: int, width: int, vocabulary: int) -> Times:
-    """The output head with its loss: all three products in the forward pass."""
+def _head(dtype: torch.dtype | None, seconds: float, sharded: bool, tokens: int, width: int, vocabulary: int) -> Times:
+    """The output head with its loss: all three products in the forward pass; `sharded`: of a part of the vocabulary."""
     weight = nn.Parameter(0.02 * torch.randn(vocabulary, width))
     x = torch.randn(tokens, width, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,))
+    part = VocabularyProducts(Axis.single())
+    if sharded:
+        return _passes(seconds, dtype, lambda: sharded_cross_entropy(x, weight, targets, part, vocabulary), x)
     return _passes(seconds, dtype, lambda: linear_cross_entropy(x, weight, targets), x)
 
 

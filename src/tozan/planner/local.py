@@ -109,7 +109,8 @@ def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
     tokens, columns = _tokens(trip), shape.vocabulary // trip.layout.sizes["tp_col"]
     width = shape.width // (trip.layout.grid if trip.layout.scheme != "1d" else 1)
     table = _dot(unit.embedding, tokens * width, columns * width, 1)
-    head = _dot(unit.head, 6.0 * tokens * shape.width * columns, tokens * columns, columns * width, 1)
+    loss = (unit.sharded_head if trip.layout.tp > 1 else None) or unit.head
+    head = _dot(loss, 6.0 * tokens * shape.width * columns, tokens * columns, columns * width, 1)
     if here["pp"] == 0:
         ends += table
     if here["pp"] == last:
@@ -144,13 +145,16 @@ def _block(trip: Trip, unit: Trainer, recompute: str) -> tuple[float, float, flo
     tokens, parts = _tokens(trip), layout.sizes["tp_col"]
     grid = layout.grid if layout.scheme != "1d" else 0
     forward, backward = 0.0, 0.0
+    ways = unit.linear_forward, unit.linear_backward
+    if grid and unit.grid_forward and unit.grid_backward:
+        ways = unit.grid_forward, unit.grid_backward
     for name, (outputs, inputs) in block_matrices(shape).items():
         row = name in ROWS
         i = inputs // parts if grid or row else inputs
         o = outputs // parts if grid or not row else outputs
         terms = 2.0 * tokens * i * o, i * o, tokens * (i + o), 1
-        forward += max(1, grid) * _dot(unit.linear_forward, *terms)
-        backward += max(1, grid) * _dot(unit.linear_backward, *terms)
+        forward += max(1, grid) * _dot(ways[0], *terms)
+        backward += max(1, grid) * _dot(ways[1], *terms)
     stream = tokens * shape.width // (layout.tp if trip.sequence_parallel else max(1, grid))
     inner = tokens * shape.mlp_width // parts
     gated = shape.family == "llama"

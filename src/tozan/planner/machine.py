@@ -169,9 +169,10 @@ class Economy(_Table):
 class Trainer(_Table):
     """What tozan's own operations take on one rank, as `tozan bench calibrate` measured them (see `bench.units`).
 
-    Coefficients are seconds, in order per: FLOP, weight, activation read or written, and call (`linear`); element and
-    call (`norm`, `rms`, `gelu`, `swiglu`, `rotary`); FLOP, score, element and sample (`attention`, `ring`); FLOP,
-    logit, weight and call (`head`); activation, weight and call (`embedding`); parameter (`optimizer`).
+    Coefficients are seconds, in order per: FLOP, weight, activation read or written, and call (`linear`, `grid`);
+    element and call (`norm`, `rms`, `gelu`, `swiglu`, `rotary`); FLOP, score, element and sample (`attention`, `ring`);
+    FLOP, logit, weight and call (`head`, `sharded_head`); activation, weight and call (`embedding`); parameter
+    (`optimizer`).
     """
 
     precision: Precision
@@ -182,6 +183,10 @@ class Trainer(_Table):
     """A linear layer, casts included."""
     linear_backward: tuple[float, float, float, float]
     """Its two gradients, added to `.grad`."""
+    grid_forward: tuple[float, float, float, float] | None = None
+    """A rank's products of a linear layer on a grid (2D and 2.5D)."""
+    grid_backward: tuple[float, float, float, float] | None = None
+    """Their two gradients."""
     norm_forward: tuple[float, float]
     """A residual sum and the norm after it."""
     norm_backward: tuple[float, float]
@@ -212,6 +217,8 @@ class Trainer(_Table):
     """Its gradients."""
     head: tuple[float, float, float, float]
     """Output head and loss, both ways."""
+    sharded_head: tuple[float, float, float, float] | None = None
+    """The same of a part of the vocabulary (tensor parallelism)."""
     embedding: tuple[float, float, float]
     """Embedding, both ways."""
     optimizer: tuple[float]
