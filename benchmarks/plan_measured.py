@@ -30,7 +30,7 @@ SHAPES = {
     "gpt2-124m": ["--model.preset=gpt2-124m", "--train.global_batch=4", "--train.micro_batch=2", "--train.steps=3"],
     "gpt2-6x384": [
         *("--model.layers=6", "--model.width=384", "--model.heads=6", "--model.sequence=512"),
-        *("--train.global_batch=8", "--train.micro_batch=2", "--train.steps=4"),
+        *("--train.global_batch=8", "--train.micro_batch=2", "--train.steps=6"),
     ],
     "llama-8x512": [
         *("--model.family=llama", "--model.layers=8", "--model.width=512", "--model.heads=8", "--model.tied=false"),

@@ -77,7 +77,7 @@ def bench() -> None:
 @bench.command("calibrate", epilog=examples("tozan bench calibrate --out mine.toml"))
 @click.option("--out", type=FOLDER, default="machine.toml", show_default=True, help="File to write.")
 def bench_calibrate(out: Path) -> None:
-    """Measure this machine in a minute and write it as a machine file for `tozan plan`."""
+    """Measure this machine in three minutes and write it as a machine file for `tozan plan`."""
     from tozan.bench.calibrate import calibrate
 
     calibrate(out)

@@ -34,14 +34,27 @@ SIZES = (1 << 12, 1 << 18, 1 << 21)
 """Elements of a collective's buffer: 16 KiB, 1 MiB, 8 MiB in fp32; the largest among all ranks only."""
 WORLDS = (2, 4, 8)
 """Ranks of a node."""
-SAMPLES, WIDTH, TURNS = 2, 512, 24
-"""Of the residual stream, which is what layers send; and how many turns of computing and talking are taken."""
+SAMPLES, WIDTH = 2, 512
+"""Of the residual stream, which is what layers send."""
+ROUNDS, TURNS = 3, 8
+"""Rounds of so many turns of computing alone, and of as many of computing and talking."""
 
 
 def crowd(precision: str, seconds: float, shrink: int) -> dict[str, list[float]]:
     """The units of one thread while every other core runs them too: the mean over cores."""
     every = ranks.spawn(processor.cores(), _unit_rank, precision, seconds, shrink)
     return {name: [fmean(values) for values in zip(*(one[name] for one in every), strict=True)] for name in every[0]}
+
+
+def crowding(worlds: tuple[int, ...] = WORLDS, shrink: int = 1) -> list[dict[str, float]]:
+    """What sharing a core costs beside taking turns: `ranks` of a node, and the `slowdown` of each, at least 1."""
+    cores = processor.cores()
+    crowded = [world for world in worlds if world > cores]
+    if not crowded:
+        return []
+    free, *taken = (ranks.spawn(world, _crowd_rank, shrink) for world in (cores, *crowded))
+    pairs = zip(crowded, taken, strict=True)
+    return [{"ranks": world, "slowdown": max(1.0, cores / world * one / free)} for world, one in pairs]
 
 
 def together(worlds: tuple[int, ...] = WORLDS, shrink: int = 1) -> list[dict[str, Any]]:
@@ -92,16 +105,16 @@ def _collective_rank(
     """Every collective among `inner` neighbours, and among those of their groups that stand at the same place."""
     with _joined(rank, world, folder):
         mesh = Mesh.create(Layout(dp=world // inner, tp=inner))
-        turn = partial(_turn, _half_block(shrink))
+        more = partial(_more, _half_block(shrink))
         found: list[dict[str, Any]] = []
         for axis, stride in ((mesh["tp"], 1), (mesh["dp"], inner)):
             if axis.size > 1:
-                found += _collectives(axis, stride, sizes if axis.size == world else sizes[:2], turn)
+                found += _collectives(axis, stride, sizes if axis.size == world else sizes[:2], more)
         return found
 
 
 def _collectives(
-    axis: Axis, stride: int, sizes: list[int], turn: Callable[[Callable[[], Any]], float]
+    axis: Axis, stride: int, sizes: list[int], more: Callable[[Callable[[], Any]], float]
 ) -> Iterator[dict[str, Any]]:
     """What each collective adds to a turn, in seconds by size, with the bytes that this rank sends."""
     sources, size = cycle(range(axis.size)), axis.size
@@ -117,14 +130,14 @@ def _collectives(
         ("send", wide, lambda x: collectives.shift(x, axis)),
     ]
     for name, dtype, run in runs:
-        alone, seconds, sent = turn(lambda: None), [], []
+        seconds, sent = [], []
         for elements in sizes:
             tokens = max(1, elements // (SAMPLES * WIDTH * size)) * size
             x, before = torch.zeros(SAMPLES, tokens, WIDTH, dtype=dtype), axis.ledger.sum().bytes
             for _ in range(size):
                 run(x)
             sent.append((axis.ledger.sum().bytes - before) // size)
-            seconds.append(max(1e-6, turn(partial(run, x)) - alone))
+            seconds.append(more(partial(run, x)))
         row = {"operation": name, "ranks": size, "stride": stride, "item": x.element_size()}
         yield {**row, "seconds": seconds, "sent": sent}
 
@@ -136,13 +149,33 @@ def _half_block(shrink: int) -> Callable[[], Any]:
     return lambda: stream.add_(product(x.bfloat16(), weight.T, torch.bfloat16))
 
 
-def _turn(compute: Callable[[], Any], talk: Callable[[], Any]) -> float:
-    """Seconds of one turn of computing and talking, all ranks of the node together: the mean, since tails count."""
-    compute()
-    dist.barrier()
-    begin = time.perf_counter()
-    for _ in range(TURNS):
+def _crowd_rank(rank: int, world: int, folder: Path, shrink: int) -> float:
+    """Seconds of a half block while all ranks compute one."""
+    with _joined(rank, world, folder):
+        compute = _half_block(shrink)
         compute()
-        talk()
-    dist.barrier()
-    return (time.perf_counter() - begin) / TURNS
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(ROUNDS * TURNS):
+            compute()
+        dist.barrier()
+        return (time.perf_counter() - begin) / (ROUNDS * TURNS)
+
+
+def _more(compute: Callable[[], Any], talk: Callable[[], Any]) -> float:
+    """Seconds that talking adds to a turn of computing, all ranks of the node together.
+
+    The mean, since tails count; of rounds that alternate, since a machine's speed drifts.
+    """
+    compute()
+    spent = 0.0
+    for _ in range(ROUNDS):
+        for sign, also in ((-1, lambda: None), (1, talk)):
+            dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(TURNS):
+                compute()
+                also()
+            dist.barrier()
+            spent += sign * (time.perf_counter() - begin)
+    return max(1e-6, spent / (ROUNDS * TURNS))

@@ -1,8 +1,8 @@
 """Measures this machine and writes it as a machine file for `tozan plan`.
 
-A minute or two of micro-benchmarks: matrix products of a training step's shapes on random operands, fused attention,
+A few minutes of micro-benchmarks: matrix products of a training step's shapes on random operands, fused attention,
 element-wise work, memory bandwidth and the cost of issuing an operation; the trainer's own units (`units`), with all
-threads and with one on every core at once; collectives between 2, 4 and 8 local ranks (`between`). What they measure
+threads and with one on every core at once; collectives among local ranks at work (`between`). What they measure
 are the numbers that `tozan.planner.machine` asks for, no more.
 """
 
@@ -54,7 +54,8 @@ class Measured:
         cores: that this process may use.
         resident: bytes of memory of a rank beside its tensors.
         trainer: the trainer's units, one table per number of threads, as machine files have them.
-        collectives: rows of operation, ranks, latency and rate, as machine files have them.
+        crowding: rows of ranks and slowdown, as machine files have them.
+        collectives: rows as machine files have them (see `between.together`).
     """
 
     peak: dict[str, float]
@@ -68,6 +69,7 @@ class Measured:
     resident: float
     trainer: list[dict[str, Any]]
     collectives: list[dict[str, Any]]
+    crowding: list[dict[str, float]]
 
 
 def calibrate(out: Path, worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shrink: int = 1) -> Measured:
@@ -117,6 +119,7 @@ def measure(worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shri
         footprint.measure(min(worlds, default=1)),
         trainer,
         rows,
+        between.crowding(worlds, shrink),
     )
 
 
@@ -160,7 +163,11 @@ def toml(found: Measured) -> str:
         f'all = "{source}; peak is the best measured product, network is assumed"',
         "",
     ]
-    for name, tables in (("trainer", found.trainer), ("collectives", found.collectives)):
+    for name, tables in (
+        ("trainer", found.trainer),
+        ("collectives", found.collectives),
+        ("crowding", found.crowding),
+    ):
         for table in tables:
             lines += [f"[[{name}]]", *(f"{key} = {_value(value)}" for key, value in table.items()), ""]
     return "\n".join(lines)

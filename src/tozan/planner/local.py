@@ -32,6 +32,7 @@ class Work:
         forward: of one block and micro-batch.
         backward: of the same, with what is computed again.
         ends: of a micro-batch's embedding and output head.
+        tied: of both gradients of a micro-batch's tied embedding, on the last of several stages.
         step: of what comes once per step.
         pieces: blocks of each chunk.
     """
@@ -39,6 +40,7 @@ class Work:
     forward: float
     backward: float
     ends: float
+    tied: float
     step: float
     pieces: tuple[int, ...]
 
@@ -69,7 +71,7 @@ def step(trip: Trip, machine: Machine, precision: Precision) -> dict[str, float]
     works = [_work(trip, found, machine, rank) for rank in range(world)]
     per_core = [works[core::cores] for core in range(min(cores, world))]
     whole = max(sum(_compute(trip, work) for work in ranks) for ranks in per_core)
-    longest = max(_pipeline(trip, works), whole)
+    longest = max(_pipeline(trip, works), *(_turns(trip, works, core, cores) for core in range(min(cores, world))))
     slowest = max(per_core, key=lambda ranks: sum(_compute(trip, work) for work in ranks))
     # The head makes its gradients with the loss: nearly all of the ends is forward.
     forward = trip.accumulate * sum(sum(work.pieces) * work.forward + work.ends for work in slowest)
@@ -80,7 +82,20 @@ def step(trip: Trip, machine: Machine, precision: Precision) -> dict[str, float]
 
 def _compute(trip: Trip, work: Work) -> float:
     """Seconds that a rank computes in the passes of a step."""
-    return trip.accumulate * (sum(work.pieces) * (work.forward + work.backward) + work.ends)
+    return trip.accumulate * (sum(work.pieces) * (work.forward + work.backward) + work.ends + work.tied)
+
+
+def _turns(trip: Trip, works: list[Work], core: int, cores: int) -> float:
+    """Seconds until a core is done whose ranks take turns, one or the other always at work once a stage can begin.
+
+    The first micro-batch passes the stages before, and the last one goes back through them.
+    """
+    ranks = range(core, len(works), cores)
+    first = min(trip.layout.coordinates(rank)["pp"] for rank in ranks)
+    before = (works[stage * trip.layout.stride("pp")] for stage in range(first))
+    return sum(_compute(trip, works[rank]) for rank in ranks) + sum(
+        work.pieces[0] * (work.forward + work.backward) for work in before
+    )
 
 
 def _pipeline(trip: Trip, works: list[Work]) -> float:
@@ -98,14 +113,19 @@ def _pipeline(trip: Trip, works: list[Work]) -> float:
             return work.pieces[action.chunk] * work.forward + (work.ends if end else 0.0)
         return work.pieces[action.chunk] * work.backward / (1 if action.kind == "backward" else 2)
 
-    return max(one.end for one in replay(schedule, seconds))
+    steps = replay(schedule, seconds)
+    # A tied embedding's gradients fill the last stage's gaps, but for the last micro-batch's, which all wait for.
+    last = [one for one in steps if one.stage == stages - 1]
+    tied = of_stage[-1].tied
+    filled = min(one.start for one in last) + sum(one.end - one.start for one in last) + (trip.accumulate - 1) * tied
+    return max(filled, *(one.end for one in steps)) + tied
 
 
 def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
     """The seconds of a rank."""
     here, shape = trip.layout.coordinates(rank), trip.shape
     forward, backward, again = _block(trip, unit, trip.recomputes(here["pp"]))
-    ends, last = 0.0, trip.layout.pp - 1
+    ends, tied, last = 0.0, 0.0, trip.layout.pp - 1
     tokens, columns = _tokens(trip), shape.vocabulary // trip.layout.sizes["tp_col"]
     width = shape.width // (trip.layout.grid if trip.layout.scheme != "1d" else 1)
     table = _dot(unit.embedding, tokens * width, columns * width, 1)
@@ -115,10 +135,19 @@ def _work(trip: Trip, unit: Trainer, machine: Machine, rank: int) -> Work:
         ends += table
     if here["pp"] == last:
         ends += head + sum(_dot(way, tokens * width, 1) for way in _norms(trip, unit))
-        if last and shape.tied:
-            ends += table + 2 / 3 * head
+        if last and shape.tied:  # see `parallel.tied`: logits once more, and the table
+            tied = table + 2 / 3 * head
+            ends -= head / 3  # no gradient of the weight in the pass itself
     pieces = tuple(map(len, trip.pieces(here["pp"])))
-    return Work(forward, backward + again, ends, _once(trip, unit, machine, here), pieces)
+    slow = _slowdown(machine, trip.layout.world_size)
+    once = _once(trip, unit, machine, here)
+    return Work(slow * forward, slow * (backward + again), slow * ends, slow * tied, once, pieces)
+
+
+def _slowdown(machine: Machine, world: int) -> float:
+    """What ranks lose that share a core, beside taking turns."""
+    known = machine.crowding if world > machine.cores else ()
+    return min(known, key=lambda one: abs(one.ranks - world)).slowdown if known else 1.0
 
 
 def _once(trip: Trip, unit: Trainer, machine: Machine, here: dict[str, int]) -> float:

@@ -244,6 +244,15 @@ class Measured(_Table):
     """Bytes/s that a rank sends, all of them sending at once."""
 
 
+class Crowd(_Table):
+    """More ranks of one node than cores, as measured."""
+
+    ranks: Natural
+    """How many."""
+    slowdown: Annotated[float, Field(ge=1.0)]
+    """Of what each computes, beside taking turns: caches are another's, and turns cost something."""
+
+
 class Machine(_Table):
     """A whole machine."""
 
@@ -263,6 +272,8 @@ class Machine(_Table):
     """Measured units of the trainer, one table per number of threads; without them a step is priced from the device."""
     collectives: tuple[Measured, ...] = ()
     """Measured collectives between the ranks of a node."""
+    crowding: tuple[Crowd, ...] = ()
+    """What more ranks than cores cost."""
     spread: Above = 0.08
     """Standard deviation of log(measured / predicted) for runs like those it was calibrated on."""
     sources: dict[str, str]
