@@ -13,7 +13,7 @@ from tozan.planner import local, stacks, traffic
 from tozan.planner.books import Trip
 from tozan.planner.candidates import candidates
 from tozan.planner.layer import Job
-from tozan.planner.machine import Machine, Measured, Trainer, load
+from tozan.planner.machine import Crowd, Machine, Measured, Trainer, load
 from tozan.planner.memory import kept_activations
 from tozan.planner.resident import _activations, resident
 
@@ -60,6 +60,31 @@ def test_ranks_that_share_a_core_take_turns():
     assert shared["forward"] + shared["backward"] == pytest.approx(work)
     assert shared["bubble"] == pytest.approx(0)
     assert apart["bubble"] == pytest.approx(work / 2 / 4)
+
+
+def test_a_core_waits_for_the_first_micro_batch_to_reach_its_stages():
+    """Four stages on two cores: the second and the fourth begin after the forward pass of the first."""
+    phases = local.step(trip(pp=4), machine(2), "bf16")
+    assert phases["bubble"] == pytest.approx(products() / 4 * (1e-11 + 2e-11))
+
+
+def test_a_tied_embedding_in_a_pipeline_makes_its_logits_twice():
+    """One process makes three products with the vocabulary; the last of two stages two, and two more when it may."""
+    unit = UNIT.model_copy(update={"linear_forward": (0,) * 4, "linear_backward": (0,) * 4, "head": (1e-12, 0, 0, 0)})
+    tools = machine(1).model_copy(update={"trainer": (unit,)})
+    alone, tied = (local.step(trip(pp=pp), tools, "bf16") for pp in (1, 2))
+    parts = dataclasses.replace(trip(pp=2), shape=dataclasses.replace(SHAPE, tied=False))
+    apart = local.step(parts, tools, "bf16")
+    one, two, three = (sum(x[name] for name in ("forward", "backward", "bubble")) for x in (alone, tied, apart))
+    assert three == pytest.approx(one)
+    assert two == pytest.approx(4 / 3 * one)
+
+
+def test_ranks_that_share_a_core_are_slower_than_their_turns():
+    crowd = machine(2).model_copy(update={"crowding": (Crowd(ranks=4, slowdown=1.1), Crowd(ranks=8, slowdown=1.3))})
+    for ranks, slowdown in ((2, 1.0), (4, 1.1), (8, 1.3)):
+        phases = local.step(trip(dp=ranks), crowd, "bf16")
+        assert phases["forward"] == pytest.approx(max(1, ranks / 2) * slowdown * 4 * products() * 1e-11)
 
 
 def test_communication_is_what_the_ledger_counts_at_the_measured_rate():
