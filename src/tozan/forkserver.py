@@ -27,11 +27,13 @@ import traceback
 from typing import Any
 
 WARM = (
-    *("torch", "torch.distributed", "torch._dynamo", "torch._inductor", "torch.distributed.distributed_c10d"),
+    *("torch", "torch.distributed", "torch.distributed.distributed_c10d"),
     *("tozan.cli", "tozan.train", "tozan.report.live", "tozan.recovery.slots", "tozan.chaos.inject"),
     *("tozan.checkpoint.reader", "tozan.models.gpt2", "tozan.models.llama", "pydantic.type_adapter"),
 )
 """What a rank would otherwise import for itself."""
+COMPILER = ("torch._dynamo", "torch._inductor")
+"""The same of ranks that compile or recompute: 1,000 modules, which others do not need."""
 STORE = "-1"
 """Stands for the store where others stand for a rank."""
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -90,6 +92,8 @@ class Server:
 
     def _obey(self, command: dict[str, Any], descriptors: list[int]) -> None:
         if "start" in command:
+            for module in COMPILER if command["told"].get("compiler") else ():
+                importlib.import_module(module)
             process = self._fork(lambda: _run(command, descriptors))
             self._children[process] = command["start"]
             self._say(started=command["start"], process=process)

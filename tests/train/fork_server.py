@@ -9,8 +9,6 @@ import json
 import os
 import sys
 
-import torch._inductor  # noqa: F401
-
 import tozan.report.live  # noqa: F401
 from tozan import cli
 from tozan.train import machine

@@ -16,10 +16,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from tozan.amounts import percent, scaled
 from tozan.bench import measure
 from tozan.bench.gemm import step_products, timed
 from tozan.bench.result import Peak, Result, Row
-from tozan.bench.show import foot, head, percent, scaled, table
+from tozan.bench.show import foot, head, table
 from tozan.comm import Mesh
 from tozan.comm.processor import peak_memory
 from tozan.config import load, presets
@@ -141,7 +142,7 @@ def assemble(config: Config, folder: Path, mesh: Mesh | None = None) -> Run:
     """The run of a config, as `tozan train` assembles it, on random tokens; without `mesh` by itself."""
     mesh = mesh or Mesh.create(mesh_layout(config))
     threads = config.train.threads if mesh.world_size == 1 else None
-    machine.prepare(threads, config.train.deterministic, config.train.kernels)
+    machine.prepare(threads, config.train.deterministic, config.train.kernels, compiled=config.train.compile)
     device = machine.choose_device(config.train.device)
     manifest = Path(config.data.path) / "manifest.json"
     shape = resolve(config.model, Manifest.read(manifest.parent).vocabulary if manifest.is_file() else VOCABULARY)

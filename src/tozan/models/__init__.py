@@ -48,7 +48,8 @@ def skeleton(shape: Shape) -> GPT2 | Llama:
     import torch
 
     from tozan.models.gpt2 import GPT2
+    from tozan.models.layers import Unfilled
     from tozan.models.llama import Llama
 
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return GPT2(shape) if shape.family == "gpt2" else Llama(shape)

@@ -106,7 +106,7 @@ class GPT2(nn.Module):
         weight: Tensor = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
             return linear(x, weight)
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())  # type: ignore[no-any-return]
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Predicts the token after each of `tokens`.

@@ -10,16 +10,34 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tozan.models.arithmetic import Shape
 from tozan.ops import causal_attention, linear
 
 BLOCKED_FROM = 128
 """Tokens from which attention in blocks was measured to be faster than PyTorch's kernel on CPUs, in bf16."""
+
+
+class Unfilled(TorchFunctionMode):
+    """Within it, modules do not draw the initial values that PyTorch has for them.
+
+    For those on the meta device, which hold none: to draw them there imports PyTorch's compiler, a second and more.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        """Calls the function, or returns the tensor that it was to fill."""
+        options = options or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else options["tensor"]
+        return function(*args, **options)
 
 
 class Past:
@@ -166,7 +184,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     tokens, length = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if tokens == length >= BLOCKED_FROM and q.is_cpu and q.dtype == torch.bfloat16:
-        return causal_attention(q, k, v)  # type: ignore[no-any-return]
+        return causal_attention(q, k, v)
     if tokens == length or tokens == 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=tokens == length > 1, enable_gqa=grouped)
     # `is_causal` would line the mask up with the first token instead of the last.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tozan.ops import native
+from tozan.ops.compiler import operation
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-@torch.library.custom_op("tozan::causal_attention", mutates_args=())
+@operation("tozan::causal_attention")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of each token over itself and the tokens before it.
 
@@ -59,7 +60,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return output
 
 
-@torch.library.custom_op("tozan::causal_attention_backward", mutates_args=())
+@operation("tozan::causal_attention_backward")
 def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output."""
     kv_heads, tokens, size = k.shape[1:]

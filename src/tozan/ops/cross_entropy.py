@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tozan.ops import native
+from tozan.ops.compiler import eager
 from tozan.ops.products import compute_dtype, product, usable
 
 IGNORE = -100
@@ -41,7 +42,7 @@ def linear_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tensor) -
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy of the logits `x @ weight.T`, in chunks of tokens.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,52 +30,58 @@ class AdamW:
     parameters.
     """
 
+    # torch.optim.AdamW, around the same function, imports torch's compiler when it is made: 1.3 s of every start.
+
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], table: AdamWTable, matrices: Collection[str] | None = None
     ) -> None:
         self.parameters = dict(parameters)
         if matrices is None:
             matrices = {name for name, p in self.parameters.items() if p.ndim >= 2}
-        decaying = [p for name, p in self.parameters.items() if name in matrices]
-        others = [p for name, p in self.parameters.items() if name not in matrices]
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decaying, table.weight_decay), (others, 0.0))
-            if group
-        ]
-        self._adamw = torch.optim.AdamW(
-            groups, lr=table.lr, betas=(table.beta1, table.beta2), eps=table.eps, fused=True
-        )
-        for parameter in self.parameters.values():
-            self._adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{slot: torch.zeros_like(parameter) for slot in SLOTS},
-            }
+        decaying = [name for name in self.parameters if name in matrices]
+        others = [name for name in self.parameters if name not in matrices]
+        self._groups = ((decaying, table.weight_decay), (others, 0.0))
+        self._options: dict[str, Any] = {"beta1": table.beta1, "beta2": table.beta2, "eps": table.eps}
+        self._state = {slot: {n: torch.zeros_like(p) for n, p in self.parameters.items()} for slot in SLOTS}
+        self._updates = {
+            name: torch.zeros((), dtype=torch.float32, device=p.device) for name, p in self.parameters.items()
+        }
 
+    @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update every parameter from its `.grad` at learning rate `lr`."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+        """Update every parameter that has a `.grad` from it at learning rate `lr`."""
+        for group, decay in self._groups:
+            names = [name for name in group if self.parameters[name].grad is not None]
+            adamw(
+                [self.parameters[name] for name in names],
+                [gradient for name in names if (gradient := self.parameters[name].grad) is not None],
+                [self._state["exp_avg"][name] for name in names],
+                [self._state["exp_avg_sq"][name] for name in names],
+                [],
+                [self._updates[name] for name in names],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                lr=lr,
+                weight_decay=decay,
+                **self._options,
+            )
 
     def zero_grad(self) -> None:
         """Forget the gradients (and their memory)."""
-        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     @property
     def updates(self) -> int:
         """How many times the parameters were updated; bias correction depends on it."""
-        return int(next(iter(self._adamw.state.values()))["step"])
+        return int(next(iter(self._updates.values())))
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for state in self._adamw.state.values():
-            state["step"].fill_(count)
+        for updates in self._updates.values():
+            updates.fill_(count)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live state, `{"<slot>/<parameter>": tensor}`; writing into them (and `updates`) restores a saved one."""
-        return {
-            f"{slot}/{name}": self._adamw.state[parameter][slot]
-            for name, parameter in self.parameters.items()
-            for slot in SLOTS
-        }
+        return {f"{slot}/{name}": self._state[slot][name] for name in self.parameters for slot in SLOTS}

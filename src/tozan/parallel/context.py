@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from tozan.comm import Axis, collectives
 from tozan.layout import split_sequence
 from tozan.models.layers import Attention, Rotary
+from tozan.ops.compiler import eager
 
 TOKENS = 2
 """The dim of heads (B, H, T, S) that the ranks share."""
@@ -63,7 +64,7 @@ def apply(model: nn.Module, axis: Axis, length: int) -> None:
         position.register_forward_pre_hook(lambda _, arguments: (own.to(arguments[0].device)[arguments[0]],))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, axis: Axis, tokens: int | None = None) -> Tensor:
     """Causal attention of this rank's queries over the keys and values of all ranks.
 

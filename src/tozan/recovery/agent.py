@@ -41,6 +41,7 @@ class Policy:
         restarts: restarts in a row without a new step, after which the agent gives up.
         stopped: seconds that a rank may stand stopped (SIGSTOP) before it counts as lost.
         leave: seconds that ranks have for leaving once the first has left before the end.
+        compiler: whether ranks will import PyTorch's compiler, so that the process that they are forked from does.
     """
 
     copies: bool = True
@@ -48,6 +49,7 @@ class Policy:
     restarts: int = 10
     stopped: float = 10.0
     leave: float = 120.0
+    compiler: bool = False
 
 
 @dataclass
@@ -166,6 +168,7 @@ class Agent:
         self.crew.keep(newest)
         generation = Generation(number, self.crew.places(shape.ranks, newest), newest)
         told = {"generation": number, "resume": newest, "copies": self.policy.copies, "leave": leave}
+        told["compiler"] = self.policy.compiler
         told["neighbour"] = self.policy.neighbour if self.crew.link() else 0
         for rank, member in generation.places.items():
             variables = self._environment | self.crew.variables(rank, generation.places)

@@ -84,7 +84,8 @@ def _listen(agent: Agent, leader: tuple[str, int], nodes: int, patience: float) 
 def policy(config: Any) -> Policy:
     """What `[recovery]` asks for."""
     table = config.recovery
-    return Policy(table.copies, table.neighbour, table.restarts, table.stopped)
+    compiler = config.train.compile or {config.train.recompute, *config.train.recompute_stages} != {"none"}
+    return Policy(table.copies, table.neighbour, table.restarts, table.stopped, compiler=compiler)
 
 
 def note(log: Path, event: dict[str, Any]) -> None:

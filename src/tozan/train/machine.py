@@ -45,19 +45,25 @@ def set_allocator() -> None:
     native.arena()
 
 
-def prepare(threads: int | None, deterministic: bool, kernels: native.Choice = "auto") -> None:
+def prepare(
+    threads: int | None, deterministic: bool, kernels: native.Choice = "auto", *, compiled: bool = False
+) -> None:
     """Set this process up for training: allocator, thread count, determinism, kernels.
 
     Args:
         threads: threads for computing; 0 means every core this process may run on, None leaves them as they are.
         deterministic: refuse operations whose bits differ from run to run.
         kernels: compiled ones where they can be had, or `plain` PyTorch.
+        compiled: by torch.compile, which then is to be deterministic, too.
     """
     native.choose(kernels)
     set_allocator()
     if threads is not None:
         torch.set_num_threads(threads or cores())
-    torch.use_deterministic_algorithms(deterministic)
+    if compiled:
+        torch.use_deterministic_algorithms(deterministic)
+    else:  # the same without importing the compiler to tell it
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Filling fresh memory with NaN is a debugging aid of that mode; it would double the memory traffic.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if deterministic:

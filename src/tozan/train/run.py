@@ -212,7 +212,10 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     mesh = mesh or Mesh.create(mesh_layout(config))
     # The launcher has set the threads of a rank among others.
     machine.prepare(
-        config.train.threads if mesh.world_size == 1 else None, config.train.deterministic, config.train.kernels
+        config.train.threads if mesh.world_size == 1 else None,
+        config.train.deterministic,
+        config.train.kernels,
+        compiled=config.train.compile,
     )
     device = machine.choose_device(config.train.device, mesh)
     if (device.type, config.train.kernels, config.train.precision) == ("cpu", "auto", "bf16"):
