@@ -20,7 +20,6 @@ PRELOADED = [
     "torch",
     "torch.distributed",
     "torch.testing",
-    "torch._inductor.config",
     "tozan.models.gpt2",
     "tozan.models.llama",
     "tozan.train",
@@ -60,7 +59,8 @@ def spawn(world_size, function, *args, timeout=60.0):
 class Pool:
     def __init__(self, world_size):
         context = fork_context()
-        self.folder = tempfile.mkdtemp(prefix="tozan-ranks-")
+        self._stores = tempfile.TemporaryDirectory(prefix="tozan-ranks-")
+        self.folder = self._stores.name
         self.calls = 0
         self.ranks = []
         for rank in range(world_size):
@@ -103,6 +103,7 @@ class Pool:
             process.kill()
         for process, _ in self.ranks:
             process.join(5)
+        self._stores.cleanup()
 
 
 def _serve(pipe, rank, world_size, folder):
