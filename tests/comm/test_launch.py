@@ -71,9 +71,13 @@ def test_of_ranks_that_are_started_again_one_says_whose_process_ended_and_all_le
     assert "frame #" not in text  # nor the stacks of torch's C++ side
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_after_sigkill_of_a_rank_the_others_end_with_one_message_and_no_traceback(victim):
-    processes = start(3, "loop")
+ALONE = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+"""Of a rank that is the only one of its machine: without the store, nothing is left to agree in on who speaks."""
+
+
+@pytest.mark.parametrize(("victim", "variables"), [(0, ALONE), (2, {})])
+def test_after_sigkill_of_a_rank_the_others_end_with_one_message_and_no_traceback(victim, variables):
+    processes = start(3, "loop", LOST=1.5, **variables)
     for process in processes:
         assert process.stdout.readline().startswith("rank")
     processes[victim].send_signal(signal.SIGKILL)
@@ -91,13 +95,14 @@ def test_after_sigkill_of_a_rank_the_others_end_with_one_message_and_no_tracebac
     assert "frame #" not in text  # nor the stacks of torch's C++ side
 
 
-def test_a_hang_names_the_rank_that_did_not_come_and_the_operation():
-    processes = start(3, "idle", TIMEOUT=3)
+def test_a_hang_names_the_rank_that_did_not_come_and_the_operation_and_a_slow_start_is_none():
+    processes = start(3, "idle", TIMEOUT=1, START=60, LATE=1.7, LOST=2)
     text = "".join(error for _, error in end(processes, within=45))
     assert [process.returncode for process in processes] == [EXIT_LOST] * 3
     messages = [line for line in text.splitlines() if "hang" in line]
     assert len(messages) == 1, text
     assert "rank 1 did not come" in messages[0]
+    assert re.search(r"Everyone waited for [12] s", messages[0]), messages[0]
     assert "all_reduce 'loop 0' (number 1 over dp: ranks 0, 1, 2)" in messages[0]
     assert "Traceback" not in text
 
@@ -109,6 +114,16 @@ def test_a_rank_that_does_not_come_is_named_in_one_line():
     assert len([line for line in text.splitlines() if "tozan: rank 1 did not come to 127.0.0.1:" in line]) == 1, text
     assert "Traceback" not in text
     assert "frame #" not in text
+
+
+def test_a_rank_that_comes_and_dies_before_it_has_joined_is_named_in_one_line():
+    processes = start(3, "dies", LOST=1)
+    text = "".join(error for _, error in end(processes, within=30))
+    assert [process.returncode for process in processes] == [EXIT_LOST, 9, EXIT_LOST]
+    messages = [line for line in text.splitlines() if "lost" in line or "join" in line]
+    assert len(messages) == 1, text
+    assert "rank 1 is lost: no sign of life for 1 s (last seen in the start, where ranks join)" in messages[0]
+    assert "Traceback" not in text
 
 
 def test_a_port_in_use_is_a_mistake_of_the_user():

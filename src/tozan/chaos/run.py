@@ -51,6 +51,7 @@ path = "{data}"
 [layout]
 data = 2
 timeout = 10
+start_timeout = 10
 [train]
 steps = {steps}
 global_batch = 4

@@ -27,9 +27,11 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from tozan.comm import binding, gloo, rendezvous
 from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
-from tozan.comm.mesh import Mesh
-from tozan.comm.monitor import Monitor
+from tozan.comm.mesh import Axis, Mesh
+from tozan.comm.monitor import NOWHERE, Monitor
 from tozan.comm.place import Place, address_towards, called_loopback, check, find, interface_to, is_loopback, outward
+from tozan.comm.speaker import Speaker
+from tozan.comm.texts import all_gather_texts
 from tozan.comm.witness import Witness, space
 from tozan.errors import EXIT_LOST, Problem, UserError
 from tozan.layout import Layout
@@ -41,6 +43,7 @@ def join(
     *,
     place: Place | None = None,
     timeout_s: float = 120.0,
+    start_s: float = 0.0,
     lost_after_s: float = 12.0,
     threads: int = 0,
     debug: bool = False,
@@ -51,6 +54,8 @@ def join(
         layout: must have exactly the job's number of ranks.
         place: this process; found in the environment by default.
         timeout_s: how long a collective may take before the run counts as hanging.
+        start_s: how long ranks wait for one another here, and in collectives until `Monitor.settle`; `timeout_s` if
+            that is more.
         lost_after_s: seconds without a sign of life after which a rank counts as lost.
         threads: computing threads; 0 takes every core that this rank is bound to.
         debug: compare every operation across ranks before it starts.
@@ -66,21 +71,22 @@ def join(
     if place.world_size == 1:
         yield Mesh.create(layout)
         return
-    place, store, _group, everyone = _gather(place, timeout_s)
+    start_s = max(start_s, timeout_s)
+    place, store, _group, monitor, speaker, everyone = _gather(place, timeout_s, start_s, lost_after_s)
     bound = _bind(place, everyone, threads)
     if place.local_rank == 0 or place.local_size <= 8:
         print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
-    monitor = _monitor(place, timeout_s, lost_after_s).start()
-    witness = _witness(place, store, everyone, monitor)
+    witness = _witness(place, store, everyone, speaker, monitor)
     # Longer than the heartbeat is patient, so that the message comes from there and not from gloo.
-    patience_s = timeout_s + lost_after_s + 10
+    patience_s = start_s + lost_after_s + 10
     try:
-        yield Mesh.create(layout, timeout_s=patience_s, debug=debug, monitor=monitor)
+        mesh = Mesh.create(layout, timeout_s=patience_s, debug=debug, monitor=monitor)
+        monitor.outside = NOWHERE
+        yield mesh
     except CommunicationError as error:
         monitor.fall_silent()
         witness.tell(error)
-        if place.rank == 0 and not place.hosted:  # and holds the store: the others look there
-            time.sleep(lost_after_s / 3)
+        _linger(place, speaker, lost_after_s)
         os._exit(EXIT_LOST)
     except BaseException as error:
         monitor.stop(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -90,60 +96,105 @@ def join(
     dist.destroy_process_group()
 
 
-def _gather(place: Place, timeout_s: float) -> tuple[Place, Store, Store, list[_Rank]]:
-    """Find the other ranks and make the group of all of them; if one does not come, end with a line that says which.
+class _Rank(NamedTuple):
+    """What a rank says of itself: its machine, and where process ids mean the same."""
 
-    Returns:
-        Where this rank is now known to be, a part of the job's store, the group's own part, which must be kept for as
-        long as the group, and what every rank says of itself.
-    """
-    store = None
+    host: str
+    space: str
+    process: int
+    local_rank: int
+    cores: str
+    listens: str
+
+
+class _Joined(NamedTuple):
+    """Where this rank is now known to be, and what it shares with the others."""
+
+    place: Place
+    store: Store
+    """This generation's part of the job's store."""
+    group: Store
+    """The part of the group of all ranks, which must be kept for as long as that group."""
+    monitor: Monitor
+    speaker: Speaker
+    everyone: list[_Rank]
+
+
+def _gather(place: Place, timeout_s: float, start_s: float, lost_after_s: float) -> _Joined:
+    """Find the other ranks and make the group of all of them; if one does not come, end with a line that says which."""
+    store, monitor, speaker = None, None, Speaker(place.rank == 1 or place.local_rank == 0)
     try:
         if place.local_size < place.world_size:
             place = replace(place, master=outward(place.master))
-        raw, place = _meet(place, timeout_s)
+        raw, place = _meet(place, start_s)
         # An agent's store outlives the ranks: what earlier ones have left there is not for these.
         store = _part(raw, f"generation {place.generation}")
         store.set(f"here/{place.rank}", "")
+        monitor = _monitor(place, speaker, timeout_s, start_s, lost_after_s)
+        monitor.outside = "the start, where ranks join"
+        monitor.start()
         interface = _interface(place, store)
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         group = _part(raw, f"group {place.generation}")
-        wait, rank, world_size = timedelta(seconds=timeout_s), place.rank, place.world_size
+        wait, rank, world_size = timedelta(seconds=start_s), place.rank, place.world_size
         dist.init_process_group(gloo.backend(), store=group, rank=rank, world_size=world_size, timeout=wait)
-        return place, store, group, _introduce(place, store)
+        return _Joined(place, store, group, monitor, speaker, _introduce(place, speaker))
     except (RuntimeError, TimeoutError) as error:  # torch's and our own, for what does not come
-        _say_who_is_missing(place, store, error)
+        _say_who_is_missing(place, store, monitor, speaker, error)
+        _linger(place, speaker, lost_after_s)
         os._exit(EXIT_LOST)
 
 
-def _say_who_is_missing(place: Place, store: Store | None, error: Exception) -> None:
-    """Print one line for all ranks; where there is no store to agree in, one for each machine."""
+def _linger(place: Place, speaker: Speaker, lost_after_s: float) -> None:
+    """Stay a moment where others still look: rank 0 may hold the store, and the next ones speak in its place."""
+    if (place.rank == 0 or speaker.stays) and not place.hosted:
+        time.sleep(lost_after_s / 3)
+
+
+def _say_who_is_missing(
+    place: Place, store: Store | None, monitor: Monitor | None, speaker: Speaker, error: Exception
+) -> None:
+    """Print one line for all ranks; where there is no store to agree in, one for each machine.
+
+    Who came and has died since is the monitor's business: if everyone came, it has a moment to say so.
+    """
     what = f"rank {place.rank} could not join the others at {place.master}:{place.port}: {error}".splitlines()[0]
-    speaks = _speaks(place)
+    speaks = speaker.speaks()
     if store is not None:
         with suppress(RuntimeError):
+            if monitor and store.check([f"here/{rank}" for rank in range(place.world_size)]):
+                monitor.failed("the start, where ranks join")
             speaks = store.add("not joined", 1) == 1
-            missing = [rank for rank in range(place.world_size) if not store.check([f"here/{rank}"])]
+            missing = _absent(place, store) if speaks else []
             if missing:
                 ranks = f"rank{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing[:8]))}"
                 more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
                 what = f"{ranks}{more} did not come to {place.master}:{place.port}, where ranks meet"
     if speaks:
         print(f"tozan: {what}", file=sys.stderr, flush=True)
+    if monitor:
+        monitor.fall_silent()
+        monitor.spread("a rank has not joined")
 
 
-def _monitor(place: Place, timeout_s: float, lost_after_s: float) -> Monitor:
+def _absent(place: Place, store: Store) -> list[int]:
+    """Ranks that have not come."""
+    return [rank for rank in range(place.world_size) if not store.check([f"here/{rank}"])]
+
+
+def _monitor(place: Place, speaker: Speaker, timeout_s: float, start_s: float, lost_after_s: float) -> Monitor:
     """This rank's heartbeat, over a connection of its own: others may wait for answers."""
     return Monitor(
-        _part(_connect(place, timeout_s), f"monitor {place.generation}"),
+        _part(_connect(place, start_s), f"monitor {place.generation}"),
         place.rank,
         place.world_size,
         Ledger(),
         interval=lost_after_s / 6,
         lost_after=lost_after_s,
         hang_after=timeout_s,
-        speaks=_speaks(place),
+        start_after=start_s,
+        speaker=speaker,
         explain=not place.restarts,  # an agent knows who was lost, and everyone is to leave at once
     )
 
@@ -197,42 +248,34 @@ def _interface(place: Place, store: Store) -> str | None:
     return interface_to(towards)
 
 
-class _Rank(NamedTuple):
-    """What a rank says of itself: its machine, and where process ids mean the same."""
-
-    host: str
-    space: str
-    process: int
-    local_rank: int
-    cores: list[int]
-
-
-def _introduce(place: Place, store: Store) -> list[_Rank]:
-    """Every rank, in order."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    mine = _Rank(socket.gethostname(), space(), os.getpid(), place.local_rank, cores)
-    store.set(f"rank/{place.rank}", json.dumps(mine))
-    return [_Rank(*json.loads(store.get(f"rank/{rank}"))) for rank in range(place.world_size)]
+def _introduce(place: Place, speaker: Speaker) -> list[_Rank]:
+    """Every rank, in order: a collective of the group of all."""
+    several = place.local_size < place.world_size
+    listens = speaker.listen(address_towards(place.master)) if several and speaker.may and place.rank else ""
+    cores = binding.ranges(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ""
+    mine = _Rank(socket.gethostname(), space(), os.getpid(), place.local_rank, cores, listens)
+    ranks = tuple(range(place.world_size))
+    # With a ledger of its own: this is no part of the run.
+    everyone = Axis("world", place.world_size, place.rank, ranks, dist.group.WORLD, Ledger())
+    said = [_Rank(*json.loads(text)) for text in all_gather_texts(json.dumps(mine), everyone, name="introduction")]
+    speaker.introduce([it.listens for it in said], place.rank)
+    return said
 
 
-def _speaks(place: Place) -> bool:
-    """Whether this rank is one of those that say what the store cannot tell any more."""
-    return place.rank == 1 or place.local_rank == 0
-
-
-def _witness(place: Place, store: Store, everyone: list[_Rank], monitor: Monitor) -> Witness:
+def _witness(place: Place, store: Store, everyone: list[_Rank], speaker: Speaker, monitor: Monitor) -> Witness:
     mine = everyone[place.rank]
     seen = {rank: it.process for rank, it in enumerate(everyone) if (it.host, it.space) == (mine.host, mine.space)}
     # A store may have known other ranks before these: the first one's process tells them apart.
     claim = f"spoken/{everyone[0].process}"
-    return Witness(place.rank, store, claim, seen, _speaks(place), monitor.spread)
+    return Witness(place.rank, store, claim, seen, speaker.speaks, monitor.spread)
 
 
 def _bind(place: Place, everyone: list[_Rank], threads: int) -> str:
     """Bind this rank; returns what was done, in words."""
     if not everyone[place.rank].cores:
         return "not bound (this system cannot)"
-    neighbours = sorted((it.local_rank, it.cores) for it in everyone if it.host == everyone[place.rank].host)
+    host = everyone[place.rank].host
+    neighbours = sorted((it.local_rank, binding.parse(it.cores)) for it in everyone if it.host == host)
     whole = binding.core_of()
     chosen = binding.decide(
         [local for local, _ in neighbours].index(place.local_rank),

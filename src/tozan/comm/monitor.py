@@ -2,11 +2,11 @@
 
 Each rank has one thread that writes a beat (a counter and what the rank is doing) into the store every `interval`
 seconds. Rank 0's thread reads them all. A counter that stands still for `lost_after` seconds is a lost rank; an
-operation that waits for longer than `hang_after` seconds is a hang, and the ranks of its axis that have started fewer
-operations there are late. A rank may also say of itself that it stands still (`train.deadline`). Rank 0 prints the
-verdict and leaves it in the store, where the others find it: everyone ends with `EXIT_LOST` and without a traceback. If
-rank 0 itself, or the store that it holds, is gone or no longer answers (a cut cable leaves a connection that stays
-silent for ever), rank 1 and the first rank of every host say so.
+operation that waits for longer than `hang_after` seconds (`start_after` at the start, where ranks may be minutes apart)
+is a hang, and the ranks of its axis that have started fewer operations there are late. A rank may also say of itself
+that it stands still (`train.deadline`). Rank 0 prints the verdict and leaves it in the store, where the others find it:
+everyone ends with `EXIT_LOST` and without a traceback. If rank 0 itself, or the store that it holds, is gone or no
+longer answers (a cut cable leaves a connection that stays silent for ever), another rank says so (see `speaker`).
 
 A beat costs one small message, so 4,096 ranks at two seconds are 2,000 messages a second for the store.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -23,7 +24,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tozan.comm.ledger import Ledger
+from tozan.comm.rendezvous import UnsignedError
+from tozan.comm.speaker import Speaker
 from tozan.errors import EXIT_LOST
+
+NOWHERE = "no collective"
+"""Where a rank waits that does not."""
 
 
 class Store(Protocol):
@@ -54,11 +60,13 @@ class Monitor:
         interval: seconds between beats.
         lost_after: seconds without a beat after which a rank is lost.
         hang_after: seconds in one operation after which the run hangs.
-        speaks: whether this rank prints that rank 0 is lost; by default rank 1 does.
+        start_after: the same until `settle`, if that is more.
+        speaker: knows whether this rank prints that rank 0 is lost; by default rank 1 does.
         explain: after a failed operation wait for the verdict on who was lost; else leave that to others.
         end: what ends the process; replaced in tests.
 
     Attributes:
+        outside: what this rank does outside of collectives, in a few words.
         whereabouts: says where this rank stands, outside of collectives.
         stuck: that this rank stands still, and where; everyone then ends.
     """
@@ -73,19 +81,22 @@ class Monitor:
         interval: float = 2.0,
         lost_after: float = 12.0,
         hang_after: float = 120.0,
-        speaks: bool | None = None,
+        start_after: float = 0.0,
+        speaker: Speaker | None = None,
         explain: bool = True,
         end: Callable[[], None] = end,
     ) -> None:
         self.ledger, self.rank, self.world_size = ledger, rank, world_size
         self._store, self._end, self._explain = store, end, explain
-        self._interval, self._lost_after, self._hang_after = interval, lost_after, hang_after
+        self._interval, self._lost_after = interval, lost_after
+        self._hang_after, self._start_after, self._settled = hang_after, max(hang_after, start_after), math.inf
         self._stopped, self._count = threading.Event(), 0
         self._seen: dict[int, tuple[int, float]] = {}
         self._failed_operation: str | None = None
+        self.outside = NOWHERE
         self.whereabouts: Callable[[], str] | None = None
         self.stuck: str | None = None
-        self._speaks = rank == 1 if speaks is None else speaks
+        self._speaker, self._silent = speaker or Speaker(rank == 1), False
         self._asked: float | None = None
         """When the store was asked something that it has not answered yet."""
         self._thread = threading.Thread(target=self._run, name="tozan-monitor", daemon=True)
@@ -97,6 +108,10 @@ class Monitor:
         self._thread.start()
         self._watch.start()
         return self
+
+    def settle(self) -> None:
+        """Everyone has taken a step: from now on nobody waits for ranks that start more slowly than others."""
+        self._settled = min(self._settled, time.monotonic())
 
     def stop(self, reason: str = "") -> None:
         """Say goodbye and stop watching; whoever waits for this rank afterwards hears the reason."""
@@ -120,7 +135,7 @@ class Monitor:
 
     def fall_silent(self) -> None:
         """Another part of this process says what has happened."""
-        self._speaks = False
+        self._silent = True
 
     def failed(self, operation: str) -> None:
         """An operation of this rank failed: wait for the verdict, which ends the process.
@@ -140,6 +155,10 @@ class Monitor:
                 said = self._read_verdict()
                 verdict = self._judge() if self.rank == 0 and not said else None
                 self._asked = None
+            except UnsignedError as error:
+                _say(str(error))
+                self._end()
+                return
             except RuntimeError:  # torch raises this and its DistError for a closed connection
                 if self._stopped.is_set():
                     return
@@ -165,13 +184,15 @@ class Monitor:
                 return
 
     def _end_without_store(self, why: str) -> None:
-        if self._speaks:
+        if not self._silent and self._speaker.speaks():
             _say(f"rank 0 is lost ({why}); rank {self.rank} was in {self._doing()}")
+        if self._speaker.stays:
+            time.sleep(2 * self._interval)
         self._end()
 
     def _doing(self) -> str:
         entry = self.ledger.oldest_open()
-        return self._failed_operation or (str(entry) if entry else "no collective")
+        return self._failed_operation or (str(entry) if entry else self.outside)
 
     def _beat(self) -> None:
         self._count += 1
@@ -213,9 +234,11 @@ class Monitor:
         if stuck := [rank for rank, beat in enumerate(beats) if "stuck" in beat]:
             return _stuck_message(stuck, beats)
         left = {rank for rank, beat in enumerate(beats) if beat["n"] < 0}
+        # A beat may be older than the first step.
+        usual = self._start_after if now - self._settled < self._hang_after else self._hang_after
         hung = []
         for rank, beat in enumerate(beats):
-            patience = 2 * self._interval if left & set(beat.get("ranks", ())) else self._hang_after
+            patience = 2 * self._interval if left & set(beat.get("ranks", ())) else usual
             if beat.get("seconds", 0.0) > patience:
                 hung.append(rank)
         return _hang_message(hung, beats) if hung else None
@@ -231,9 +254,9 @@ def _names(ranks: list[int]) -> str:
 
 
 def _lost_message(lost: list[int], beats: list[dict[str, Any]], seconds: float) -> str:
-    waiting = [rank for rank, beat in enumerate(beats) if rank not in lost and beat.get("doing") != "no collective"]
+    waiting = [rank for rank, beat in enumerate(beats) if rank not in lost and beat.get("doing") != NOWHERE]
     first = next((beats[r]["doing"] for r in waiting if set(lost) & set(beats[r].get("ranks", ()))), None)
-    first = first or next((beats[rank]["doing"] for rank in waiting), "no collective")
+    first = first or next((beats[rank]["doing"] for rank in waiting), NOWHERE)
     are = "is" if len(lost) == 1 else "are"
     return (
         f"{_names(lost)} {are} lost: no sign of life for {seconds:.0f} s (last seen in {beats[lost[0]].get('doing')}). "

@@ -110,6 +110,10 @@ def ask(host: str, port: int, timeout_s: float) -> str:
     raise TimeoutError(f"rank 0 did not say within {timeout_s:.0f} s on which address it listens")
 
 
+class UnsignedError(RuntimeError):
+    """A value that is not signed with the job's secret."""
+
+
 class Signed(Store):
     """A store that signs what is set and refuses what is not signed; `add` counts in the clear.
 
@@ -132,7 +136,7 @@ class Signed(Store):
     def _open(self, key: str, sealed: bytes) -> bytes:
         value = bytes(sealed[TAG:])
         if not hmac.compare_digest(bytes(sealed[:TAG]), self._tag(key, value)):
-            raise RuntimeError(
+            raise UnsignedError(
                 f"the store's value of {key!r} is not signed with this job's secret ({VARIABLE}): a stranger wrote it, "
                 "or a rank was started with another secret"
             )
@@ -147,7 +151,8 @@ class Signed(Store):
         """Wait for a value and check it.
 
         Raises:
-            RuntimeError: it is not signed with this secret, or did not come.
+            UnsignedError: it is not signed with this secret.
+            RuntimeError: it did not come.
         """
         return self._open(key, self._inner.get(key))
 

@@ -4,7 +4,7 @@ Where ranks do not wait for the heartbeat's verdict (`monitor`), because whoever
 them see a connection fail at about the same time, and none is told whose process has ended. The kernel knows it of the
 processes on the same machine: ranks of that machine look there and speak first. Who speaks is decided by a counter in
 the job's store, and others that have not noticed yet are told to leave, too. Where the store is gone as well, so is
-rank 0, and some ranks say that (see `monitor`).
+rank 0, and another rank says that (see `speaker`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Witness:
         store: the job's store.
         claim: a key in it that is only these ranks'.
         processes: process ids on this machine, by rank.
-        speaks: whether this rank speaks where the store is gone.
+        speaks: asked whether this rank speaks where the store is gone.
         spread: has the other ranks leave, too.
     """
 
@@ -43,7 +43,7 @@ class Witness:
         store: Store,
         claim: str,
         processes: Mapping[int, int],
-        speaks: bool,
+        speaks: Callable[[], bool],
         spread: Callable[[str], None],
     ) -> None:
         self._rank, self._store, self._claim, self._speaks, self._spread = rank, store, claim, speaks, spread
@@ -54,7 +54,7 @@ class Witness:
         lost = self._lost()
         first = self._first()
         if first is None:
-            first, lost = self._speaks, [rank for rank in lost if rank == 0]
+            first, lost = self._speaks(), [rank for rank in lost if rank == 0]
         if first:
             names = ", ".join(f"rank {rank} (process {self._processes[rank]})" for rank in lost)
             what = f"{names} {'is' if len(lost) == 1 else 'are'} lost; rank" if lost else "rank"

@@ -104,6 +104,9 @@ class Layout(Table):
     """Layers of each pipeline stage (of each piece, in the model's order, with chunks). Empty: as even as can be."""
     timeout: Annotated[int, Field(ge=5, le=86_400)] = 120
     """Seconds that a process may wait for others before the run is ended with a message that names who was late."""
+    start_timeout: Annotated[int, Field(ge=5, le=86_400)] = 600
+    """The same until all have come and taken their first step: some may import, read or compile minutes longer than
+    others. Not less than `timeout`."""
     debug: bool = False
     """Compare number, operation, name, shape and type across processes before each collective, at the price of a
     message each: finds swapped operations, which otherwise give wrong numbers and no error."""

@@ -45,9 +45,14 @@ def train(loaded: Loaded, on_record: Listener | None = None) -> Result:
     """
     require_fit(loaded.config, shape_of(loaded), loaded.origin.get("layout.data", "layout"))
     table = loaded.config.layout
-    threads = loaded.config.train.threads
     with (
-        join(mesh_layout(loaded.config), timeout_s=table.timeout, threads=threads, debug=table.debug) as mesh,
+        join(
+            mesh_layout(loaded.config),
+            timeout_s=table.timeout,
+            start_s=table.start_timeout,
+            threads=loaded.config.train.threads,
+            debug=table.debug,
+        ) as mesh,
         Deadline.of(loaded.config, mesh) as deadline,
     ):
         return fit(assemble(loaded, mesh), on_record, deadline)

@@ -99,6 +99,8 @@ class Deadline:
         """Step number `step`, counted from 1, begins."""
         if self._now[0] == STEP:
             self._done.add(STEP)
+            if self._monitor is not None:
+                self._monitor.settle()
         self._before, clock.marks = clock.marks or self._before, []
         self._turn(STEP, step, clock)
 
