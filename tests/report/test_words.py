@@ -28,11 +28,6 @@ def test_amount(value, text):
     assert words.amount(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(1.8e11, "180 GFLOP/s"), (2.04e12, "2.04 TFLOP/s"), (math.nan, "—")])
-def test_scaled(value, text):
-    assert words.scaled(value, "FLOP/s") == text
-
-
 def test_the_summary_says_what_how_far_and_how_fast(run_folder):
     text = " ".join(words.summary(history.read(run_folder(390))))
     for part in (

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tozan.amounts import scaled
 from tozan.bench import measure
 from tozan.bench.ranks import group, spawn
 from tozan.bench.result import Result, Row
-from tozan.bench.show import binary, foot, head, scaled, table
+from tozan.bench.show import binary, foot, head, table
 from tozan.comm import Axis, Mesh, collectives, launch
 from tozan.comm.place import find
 from tozan.errors import Problem, UserError

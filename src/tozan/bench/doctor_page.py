@@ -9,8 +9,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tozan.amounts import scaled
 from tozan.bench.result import Result
-from tozan.bench.show import binary, scaled, table
+from tozan.bench.show import binary, table
 
 MARKS = {"ok": "yes", "NaN lost": "NaN lost", "rounded": "rounded", "wrong": "WRONG", "no": "—"}
 INSTEAD = (

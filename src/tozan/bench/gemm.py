@@ -15,9 +15,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from tozan.amounts import percent, scaled
 from tozan.bench import measure
 from tozan.bench.result import Peak, Result, Row
-from tozan.bench.show import foot, head, percent, scaled, table
+from tozan.bench.show import foot, head, table
 from tozan.comm import processor
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from tozan import data
+from tozan.amounts import scaled
 from tozan.bench import measure
 from tozan.bench.result import Result, Row
-from tozan.bench.show import foot, head, scaled, table
+from tozan.bench.show import foot, head, table
 from tozan.data.manifest import Manifest
 from tozan.data.reader import Shard
 

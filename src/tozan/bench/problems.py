@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from tozan.amounts import percent, scaled
 from tozan.bench.hardware import Hardware
-from tozan.bench.show import percent, scaled
 
 HERE = "measured here"
 GRADIENTS = 4 * 124_475_904

@@ -18,9 +18,10 @@ from statistics import median
 from typing import Any, Literal
 
 from tozan import data
+from tozan.amounts import percent, scaled
 from tozan.bench import measure
 from tozan.bench.result import Peak, Result, Row
-from tozan.bench.show import foot, head, percent, scaled, table
+from tozan.bench.show import foot, head, table
 from tozan.comm import processor
 from tozan.config import load
 from tozan.errors import Problem, UserError

@@ -11,20 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tozan.amounts import percent, scaled
 from tozan.bench.compare import Comparison
 from tozan.bench.result import Peak, Result
 
 WIDTH = 100
 """Columns that every page fits into."""
-
-
-def scaled(value: float, unit: str = "", digits: int = 3) -> str:
-    """A value with a metric prefix: `scaled(1.8e11, "FLOP/s")` is `180 GFLOP/s`, `scaled(2e-5, "s")` is `20 µs`."""
-    powers = ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"), (-6, "µ"), (-9, "n"))
-    for power, prefix in powers:
-        if abs(value) >= 0.9995 * 10.0**power:
-            return f"{value / 10.0**power:.{digits}g} {prefix}{unit}"
-    return f"{value:.{digits}g} {unit}"
 
 
 def binary(size: int) -> str:
@@ -33,11 +25,6 @@ def binary(size: int) -> str:
         if size >= 1 << bits:
             return f"{size / (1 << bits):.4g} {name}"
     return f"{size} B"
-
-
-def percent(share: float) -> str:
-    """A share in three digits at most: `0.344` is `34.4%`."""
-    return f"{100 * share:.3g}%"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:

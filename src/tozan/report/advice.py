@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from tozan.amounts import percent
 from tozan.report.history import Event, History
 from tozan.report.ranks import Ranks, Slow
-from tozan.report.words import fall, middle, percent
+from tozan.report.words import fall, middle
 
 RULES = (
     (

@@ -16,7 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tozan.report.words import duration, percent, scaled
+from tozan.amounts import percent, scaled
+from tozan.report.words import duration
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 48

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tozan.amounts import percent, scaled
 from tozan.errors import Problem, UserError
 from tozan.report.drawing import Figure
 from tozan.report.figures import pipeline, plans
@@ -14,7 +15,7 @@ from tozan.report.figures.plans import size
 from tozan.report.figures.torus import torus as torus_map
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, amount, percent, scaled, seconds, three
+from tozan.report.words import Tile, amount, seconds, three
 from tozan.schedules import Action, Step
 
 HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh", "cost")

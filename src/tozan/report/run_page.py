@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tozan import planner
+from tozan.amounts import percent, scaled
 from tozan.bench.result import Peak
 from tozan.config import load
 from tozan.errors import UserError
@@ -171,8 +172,8 @@ def model_table(found: History) -> Table:
     except TypeError:
         return Table("Model", rows)
     per_token = model_flops(shape) / shape.sequence
-    rows.append(("FLOPs per token", words.scaled(per_token, "FLOP")))
-    rows.append(("FLOPs of the run", words.scaled(per_token * found.tokens, "FLOP")))
+    rows.append(("FLOPs per token", scaled(per_token, "FLOP")))
+    rows.append(("FLOPs of the run", scaled(per_token * found.tokens, "FLOP")))
     return Table("Model", rows, "Forward and backward (3 × forward), without what is recomputed.")
 
 
@@ -188,7 +189,7 @@ def data_table(found: History) -> Table:
             rows.append(("epochs read", f"{found.tokens / amount['tokens']:.3g}"))
     for title, key in (("source", "sources"), ("licence", "licences")):
         for name, amount in (manifest.get(key) or {}).items():
-            size = words.scaled(amount.get("bytes", 0), "B")
+            size = scaled(amount.get("bytes", 0), "B")
             rows.append((f"{title}: {name}", f"{amount.get('documents', 0):,} documents, {size}"))
     if "corpus_sha256" in manifest:
         rows.append(("corpus SHA-256", f"{manifest['corpus_sha256'][:12]}…"))
@@ -209,9 +210,9 @@ def speed_table(found: History, each: Peak | None = None) -> Table:
     peak = float(facts.get("peak_measured_flops") or float("nan"))
     rows = [
         ("tokens/s, median step", f"{words.middle(steps['tokens_per_second']):,.0f}"),
-        ("model FLOP/s, median step", words.scaled(words.middle(steps["model_flops_per_second"]), "FLOP/s")),
-        ("peak, measured in this run", words.scaled(peak, "FLOP/s")),
-        ("MFU = model FLOP/s ÷ measured peak", words.percent(words.middle(steps["mfu"]))),
+        ("model FLOP/s, median step", scaled(words.middle(steps["model_flops_per_second"]), "FLOP/s")),
+        ("peak, measured in this run", scaled(peak, "FLOP/s")),
+        ("MFU = model FLOP/s ÷ measured peak", percent(words.middle(steps["mfu"]))),
         ("precision", words.PRECISIONS.get(facts.get("precision", ""), "—")),
         *_hardware(found, peak),
         *_nominal(found, each),
@@ -255,8 +256,8 @@ def _hardware(found: History, peak: float) -> list[tuple[str, ...]]:
     if not hfu > 0:
         return []
     return [
-        ("hardware FLOP/s, recomputation included", words.scaled(hfu * peak, "FLOP/s")),
-        ("HFU", words.percent(hfu)),
+        ("hardware FLOP/s, recomputation included", scaled(hfu * peak, "FLOP/s")),
+        ("HFU", percent(hfu)),
     ]
 
 
@@ -266,7 +267,7 @@ def _nominal(found: History, each: Peak | None) -> list[tuple[str, ...]]:
         return []
     nominal = each.nominal * int(found.facts.get("processes", 1))
     share = words.middle(found.steps["model_flops_per_second"]) / nominal
-    return [("peak, nominal", words.scaled(nominal, "FLOP/s")), ("model FLOP/s ÷ nominal peak", words.percent(share))]
+    return [("peak, nominal", scaled(nominal, "FLOP/s")), ("model FLOP/s ÷ nominal peak", percent(share))]
 
 
 def _origin(origin: str) -> str:

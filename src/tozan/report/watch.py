@@ -19,9 +19,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from tozan.amounts import percent
 from tozan.report import ranks
 from tozan.report.live import Live
-from tozan.report.words import duration, percent, phase_words
+from tozan.report.words import duration, phase_words
 from tozan.report.words import seconds as short
 
 QUIET = 60.0

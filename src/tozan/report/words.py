@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tozan.amounts import percent, scaled
 from tozan.report.history import Array, History
 
 PRECISIONS = {"bf16": "bf16 (fp32 weights)", "fp16": "fp16 (fp32 weights)", "fp32": "fp32", "fp64": "fp64"}
@@ -53,16 +54,6 @@ def plain(value: object) -> bool:
     return isinstance(value, str | int | float)
 
 
-def scaled(value: float, unit: str) -> str:
-    """A value with a metric prefix: `scaled(1.8e11, "FLOP/s")` is `180 GFLOP/s`; `—` when it is not known."""
-    if not math.isfinite(value):
-        return "—"
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
-
-
 def duration(seconds: float) -> str:
     """A span of time in its two largest units: `3 min 20 s`, `2 h 05 min`, `4 d 3 h`."""
     if not math.isfinite(seconds):
@@ -95,11 +86,6 @@ def time_tick(value: float, _: object = None) -> str:
 def three(value: float) -> str:
     """A number in three digits, without an exponent while it has a use: `1,360`, `23.4`, `0.052`."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def percent(share: float) -> str:
-    """A share in two or three digits: `0.344` is `34.4%`."""
-    return f"{100 * share:.3g}%" if math.isfinite(share) else "—"
 
 
 def middle(values: Array) -> float:

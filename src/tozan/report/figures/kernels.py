@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from tozan.amounts import percent, scaled
 from tozan.bench.result import Result, Row
 from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.marks import SERIES, key, powers, titled
-from tozan.report.words import percent, scaled
 
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)))
 DASH_NAMES = ("solid", "dashed", "dotted", "dash and dot")

@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from tozan.amounts import percent, scaled
 from tozan.report.drawing import Figure, figure, table
 from tozan.report.history import Event, History, smooth, thin
 from tozan.report.marks import AMBER, BLUE, MUTED, RED, label_ends, plain
-from tozan.report.words import middle, percent, scaled
+from tozan.report.words import middle
 
 
 def of_run(history: History) -> list[Figure]:
