@@ -1,14 +1,17 @@
-"""How much longer the step beside a save takes, GPT-2 124M with AdamW (1.49 GB), through the command line.
+"""What a save costs the steps beside it, GPT-2 124M with AdamW (1.49 GB), through the command line.
 
     python benchmarks/saving.py --saves 4
 
-Saves every second step, once in the background and once in the foreground; the step that follows a save is compared
-with the one that does not, in the same run. The first pair is a warm-up (fresh memory) and does not count.
+Saves every few steps, in the background, in the foreground, and in the background with a core that training leaves
+free. In each period between two saves the last two steps are those that nothing is written beside (where a write takes
+less than a period); what the others take beyond them is the cost of the save, and so is the call of `save`. The first
+period is a warm-up (fresh memory) and does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -24,40 +27,55 @@ preset = "gpt2-124m"
 path = "{data}"
 [train]
 steps = {steps}
-micro_batch = 4
-global_batch = 4
+micro_batch = {micro_batch}
+accumulate = 1
 [optim]
 lr = 1e-4
 [eval]
 every = 0
 [checkpoint]
-every = 2
+every = {every}
 keep_last = 1
 """
+QUIET = 2
+"""Steps at the end of a period."""
+SIDES = {
+    "background": (),
+    "foreground": ("--checkpoint.background=false",),
+    "background, a core free": (f"--train.threads={max(1, len(os.sched_getaffinity(0)) - 1)}",),
+}
 
 
-def seconds(folder: Path, background: bool) -> tuple[list[float], list[float]]:
-    """Seconds of the steps beside a save (the call of `save` included), and of the others."""
-    flags = [f"--checkpoint.background={str(background).lower()}"]
-    records = trained_steps([sys.executable, "-m", "tozan", "train"], folder.parent / "run.toml", folder, flags)
-    steps = {record["step"]: record["seconds"] for record in records}
-    others = [seconds for step, seconds in steps.items() if not step % 2][1:]
-    return [seconds for step, seconds in steps.items() if step % 2 and step > 3], others
+def seconds(folder: Path, flags: tuple[str, ...], every: int) -> list[list[float]]:
+    """Seconds of the steps of each period that begins with a save; a save's call belongs to the step after it."""
+    command = [sys.executable, "-m", "tozan", "train"]
+    steps = [record["seconds"] for record in trained_steps(command, folder.parent / "run.toml", folder, flags)]
+    return [steps[at : at + every] for at in range(every, len(steps) - every + 1, every)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--every", type=int, default=6, help="steps of a period")
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES], default=[*SIDES])
     parser.add_argument("--folder", help="where checkpoints go; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as base:
         folder = Path(base)
-        steps = 2 * options.saves + 3
-        (folder / "run.toml").write_text(CONFIG.format(data=standard_text(folder), steps=steps))
-        for name, background in (("background", True), ("foreground", False)):
-            beside, others = (statistics.median(each) for each in seconds(folder / name, background))
-            longer = f"{beside - others:+.2f} s, {beside / others:.2f}×"
-            print(f"{name}: {others:.2f} s a step, {beside:.2f} s beside a save: {longer}")
+        found = standard_text(folder)
+        steps = (options.saves + 2) * options.every
+        text = CONFIG.format(data=found, steps=steps, every=options.every, micro_batch=options.micro_batch)
+        (folder / "run.toml").write_text(text)
+        for name in options.sides:
+            periods = seconds(folder / name.replace(" ", "-"), SIDES[name], options.every)[1:]
+            usual = statistics.median(step for period in periods for step in period[-QUIET:])
+            costs = [sum(period) - usual * len(period) for period in periods]
+            first, second = (statistics.median(period[at] for period in periods) for at in (0, 1))
+            print(
+                f"{name}: {usual:.2f} s a step; a save costs {statistics.median(costs):.2f} s "
+                f"({min(costs):.2f} to {max(costs):.2f}); the steps after it take {first:.2f} and {second:.2f} s"
+            )
 
 
 if __name__ == "__main__":
