@@ -93,6 +93,7 @@ def join(
         raise
     _leave(place, store)
     monitor.stop()
+    speaker.close()
     dist.destroy_process_group()
 
 

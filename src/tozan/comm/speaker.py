@@ -45,13 +45,18 @@ class Speaker:
         """Hear where every rank listens, in order of the ranks; `rank` is this one."""
         listening = [number for number, where in enumerate(everyone) if where][:ASKED]
         self._before = [everyone[number] for number in listening if number < rank]
-        if self._listening and rank not in listening:
-            self._listening.close()
-            self._listening = None
+        if rank not in listening:
+            self.close()
 
     def speaks(self) -> bool:
         """Whether no rank before this one can be reached."""
         return self.may and not any(_reached(where) for where in self._before)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        if self._listening:
+            self._listening.close()
+            self._listening = None
 
     @property
     def stays(self) -> bool:
