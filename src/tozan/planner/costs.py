@@ -208,9 +208,11 @@ def _data(job: Job, c: Candidates, stage: Stage, microbatches: Floats) -> Floats
         _hide(gathered, stack.dp_overlap * stage.forward) + _hide(scattered + gathered, stack.dp_overlap * backward)
     )
     seconds = np.where(c.zero == 3, always, np.where(c.zero == 2, often, once))
-    # A tied table lives on the first and the last stage, which add their gradients up.
+    # A tied table lives on the first and the last stage, which add their gradients up: over the network, unless all
+    # stages share a node.
     table = np.ceil(job.shape.vocabulary / c.tp) * job.shape.width * stack.wire_bytes
-    tied = collectives.all_reduce(machine, table, 2, machine.node.devices) if job.shape.tied else 0.0
+    apart = np.where(c.ranks > machine.node.devices, machine.node.devices, 1)
+    tied = collectives.all_reduce(machine, table, 2, apart) if job.shape.tied else 0.0
     return np.where(ranks > 1, seconds, 0.0) + np.where(c.pp > 1, tied, 0.0)
 
 
