@@ -1,5 +1,7 @@
 """Costs: closed forms against the replayed schedule, kernels and collectives against their laws."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from tozan.planner import collectives, costs, kernels, layer, stacks
 from tozan.planner.candidates import candidates
 from tozan.planner.layer import Job
 from tozan.planner.machine import load
+from tozan.planner.memory import memory
 from tozan.planner.published import gpt
 from tozan.planner.simulate import timeline
 
@@ -160,3 +163,24 @@ def test_an_unpadded_vocabulary_slows_the_head():
     assert head(50257, 1) > 1.2 * head(50304, 1)
     assert head(50256, 1) == pytest.approx(head(50304, 1), rel=0.01)
     assert head(50256, 2) == pytest.approx(head(50304, 2), rel=0.01)
+
+
+@pytest.mark.parametrize("stack", [stacks.MEGATRON_2021, stacks.MEGATRON_CORE, stacks.TOZAN])
+def test_layouts_of_any_size_have_finite_costs_that_keep_their_order(stack):
+    """Twice the replicas halve the work; twice the micro-batch never takes less memory; nothing is negative."""
+    names = ("pp", "dp", "tp", "micro_batch", "recompute", "zero", "sequence_parallel")
+    powers = [1, 2, 8, 64]
+    every = product(powers, powers, [1, 2, 8], [1, 2, 16], [0, 1, 2], [0, 1, 3], [0, 1])
+    values = dict(zip(names, map(np.array, zip(*every, strict=True)), strict=True))
+    priced = job(gpt(6144, 64, 64, 2048), 4096, stack)
+    one, twice, larger = (
+        candidates(**(values | change))
+        for change in ({}, {"dp": 2 * values["dp"]}, {"micro_batch": 2 * values["micro_batch"]})
+    )
+    cost, more = costs.step(priced, one), costs.step(priced, twice)
+    assert (np.isfinite(cost.seconds) & (cost.seconds > 0)).all()
+    assert all((part >= -1e-9 * cost.seconds).all() for part in cost.parts.values())
+    for kind in ("matrix", "attention", "elementwise"):
+        assert more.parts[kind] == pytest.approx(cost.parts[kind] / 2)
+    held, widened = memory(priced, one).total, memory(priced, larger).total
+    assert (np.isfinite(held) & (held > 0) & (widened >= held)).all()

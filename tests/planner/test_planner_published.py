@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from tozan.errors import UserError
-from tozan.planner import published, talk, validate
-from tozan.planner.published import READERS, cases, megatron_seconds, rows
+from tozan.planner import costs, others, published, talk, validate
+from tozan.planner.candidates import candidates
+from tozan.planner.published import READERS, cases, megatron_seconds
+from tozan.planner.table import rows
 from tozan.planner.validate import BARS
 
-SOURCES = {
-    "vtrain_nccl_allreduce_lut", "ultrascale_playbook", "llama1_energy", "palm_mfu", "megatron_sc21_scalars",
-    "korthikanti_memory", "seed_how_long",
-}  # fmt: skip
+SOURCES = {*others.READERS, "seed_how_long"}
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +67,10 @@ def test_better_than_one_constant_where_layouts_differ(report):
 
 
 def test_layouts_are_ranked(report):
-    """τ over jobs and over pairs: the bar. By regret: what is reached so far, short of 2%."""
+    """τ over jobs and over pairs, and regret: the bars."""
     assert report.kendall_jobs >= 0.75
     assert report.kendall >= 0.75
-    assert report.regret <= 0.025
+    assert report.regret <= 0.02
 
 
 def test_intervals_hold_what_they_say(report):
@@ -134,6 +133,58 @@ def test_rows_of_ones_own_are_read_in_place_of_ours(tmp_path):
     assert (line.table, line.count) == ("vtrain_multi", 7)
     assert line.error == pytest.approx(sum(map(abs, expected)) / 7)
     assert "of 7 held out rows" in found.text
-    path.write_text(path.read_text().replace("micro_batch", "micro", 1))
-    with pytest.raises(UserError, match=r"vtrain_multi.csv.*'micro_batch' is not known"):
+
+
+def test_every_mistake_in_a_folder_of_tables_is_said_at_once(tmp_path):
+    """Columns that are missing, values that are no sizes, names that are not known, files that are no text."""
+
+    def write(table, *changes):
+        lines = [",".join(rows(table)[0]), *(",".join(row.values()) for row in rows(table)[:2])]
+        for line, old, new in changes:
+            lines[line] = lines[line].replace(old, new, 1)
+        (tmp_path / f"{table}.csv").write_text("\n".join(lines) + "\n")
+
+    write("vtrain_multi", (0, "micro_batch", "micro"), (0, "heads", "hds"))
+    write("vtrain_single", (1, "8,32,4", "8,32,four"), (2, "8,4,2", "0,nan,2.5"))
+    write("nanotron_best_configs", (1, "16,2048", "15.5,2048"))
+    write("mosaicml_llmfoundry", (2, "30b", "31b"))
+    write("korthikanti_memory", (1, "none", "zilch"))
+    (tmp_path / "llama1_energy.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError) as caught:
         validate(folder=tmp_path)
+    found = [str(problem).removeprefix(f"{tmp_path}/").partition("\n")[0] for problem in caught.value.problems]
+    assert found == [
+        "vtrain_multi.csv: has no column heads, micro_batch; columns that its table does not have: hds, micro",
+        "vtrain_single.csv:2: micro_batch = 'four': not a number",
+        "vtrain_single.csv:3: global_batch = 'nan': not a finite number above 0",
+        "vtrain_single.csv:3: gpus = '0': not a finite number above 0",
+        "mosaicml_llmfoundry.csv:3: model = '31b': not known",
+        "nanotron_best_configs.csv:2: layers = '15.5': not a whole number",
+        "korthikanti_memory.csv:2: mode = 'zilch': not known",
+        "llama1_energy.csv: not a table: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+    ]
+
+
+def test_every_kind_of_table_can_be_held_out(tmp_path, report):
+    """Those without step times, too, and a use need not be said; two rows of each are enough."""
+    for table in [*READERS, *others.READERS]:
+        found = [{key: value for key, value in row.items() if key != "use"} for row in rows(table)]
+        found = found if table in others.READERS else found[:2]
+        with (tmp_path / f"{table}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, found[0])
+            writer.writeheader()
+            writer.writerows(found)
+    again = validate(folder=tmp_path)
+    assert [line.table for line in again.lines] == [line.table for line in report.lines]
+    whole = {line.table: (line.count, line.error) for line in report.lines}
+    assert all((line.count, line.error) == whole[line.table] for line in again.lines[-5:])
+    assert "held out rows" in again.text
+
+
+def test_a_tied_table_is_added_up_inside_a_node_where_its_stages_share_one():
+    """Not over the network, which half the bytes on two nodes cannot avoid."""
+    job = cases("vtrain_single")[-1].job
+    inside, apart = (float(costs.step(job, candidates(pp=2, tp=tp)).parts["data"][0]) for tp in (4, 8))
+    moved = 51200 * job.shape.width * 2 / 8
+    assert moved / job.machine.network.bandwidth < apart < 1.5 * moved / job.machine.network.bandwidth
+    assert 2 * moved / job.machine.node.bandwidth < inside < apart / 5

@@ -229,7 +229,8 @@ def _optimizer(job: Job, c: Candidates) -> Floats:
     share = np.where(c.zero >= 1, c.dp * c.cp, 1)
     elements = (blocks + ends) / share
     traffic = 2 * stack.optimizer_bytes + 2 * stack.gradient_bytes + stack.parameter_bytes
-    here = kernels.memory(job.machine.device, elements * traffic)
+    device = job.machine.device
+    here = elements * traffic / (device.bandwidth * (device.stream_efficiency or device.bandwidth_efficiency))
     moved = elements * (stack.gradient_bytes + stack.parameter_bytes) / host.bandwidth
     ram = moved + elements * traffic / host.memory_bandwidth
     disk = moved + elements * 2 * stack.optimizer_bytes / host.nvme_bandwidth

@@ -69,6 +69,8 @@ class Device(_Table):
     """Nominal bytes/s of that memory."""
     bandwidth_efficiency: Share = 0.8
     """Fraction of it that element-wise work reaches."""
+    stream_efficiency: Share | None = None
+    """Fraction of it that the optimizer reaches, which runs through whole tensors; left out: `bandwidth_efficiency`."""
     peak: dict[Precision, Above]
     """Nominal FLOP/s by precision."""
     gemm: Gemm

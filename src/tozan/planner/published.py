@@ -6,25 +6,21 @@ say to a rule stated here. Every case is in seconds of a step, unless its table 
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, hardware_flops, model_flops, parameters
 from tozan.planner import costs, stacks
 from tozan.planner.candidates import Candidates, candidates, join
 from tozan.planner.layer import Job
 from tozan.planner.machine import Machine, load
 from tozan.planner.memory import memory
+from tozan.planner.table import Each, Row, Rows, rows
 
-Row = dict[str, str]
-Rows = Sequence[Row]
 Machines = Callable[[str], Machine]
 
 VTRAIN_NETWORK = {"bandwidth": 12.5e9, "shared": 0.5}
@@ -58,6 +54,10 @@ class Case:
 
     def predict(self) -> float:
         """Predicted seconds of a step."""
+        return self._predicted
+
+    @cached_property
+    def _predicted(self) -> float:
         return float(np.min(costs.step(self.job, self.layout).seconds))
 
     @property
@@ -68,19 +68,6 @@ class Case:
         return total / (devices * self.job.machine.device.peak[self.job.precision])
 
 
-def rows(table: str, folder: Path | None = None) -> Rows:
-    """The rows of a table as they are in the file.
-
-    Args:
-        table: its name.
-        folder: of other tables with these names and columns; one that is not there has no rows. None: tozan's own.
-    """
-    file: Traversable = (folder or files("tozan.planner") / "tables") / f"{table}.csv"
-    if folder and not file.is_file():
-        return []
-    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-
-
 def cases(table: str, machines: Machines = load, folder: Path | None = None) -> list[Case]:
     """Every case of a table.
 
@@ -88,19 +75,13 @@ def cases(table: str, machines: Machines = load, folder: Path | None = None) -> 
         table: one of `READERS`.
         machines: finds a machine by name; replaced while constants are fitted.
         folder: see `rows`.
-
-    Raises:
-        UserError: a column is missing, or holds what cannot be read.
     """
-    found = rows(table, folder)
-    made: list[Case] = []
-    try:
-        made.extend(READERS[table](table, found, machines))
-    except KeyError as error:
-        raise UserError(Problem(f"{folder}/{table}.csv", f"the column or value {error} is not known")) from None
-    except ValueError as error:
-        raise UserError(Problem(f"{folder}/{table}.csv", str(error))) from None
-    return made
+    return list(READERS[table](table, rows(table, folder), machines))
+
+
+def each(table: str, machines: Machines) -> Each:
+    """What reads one row of a table."""
+    return lambda row: READERS[table](table, [row], machines)
 
 
 def gpt(width: int, layers: int, heads: int, sequence: int, vocabulary: int = 51200) -> Shape:

@@ -16,8 +16,9 @@ from tozan.planner.candidates import Candidates, candidates
 from tozan.planner.layer import Job
 from tozan.planner.machine import load
 from tozan.planner.memory import memory
-from tozan.planner.published import gpt, rows
+from tozan.planner.published import gpt
 from tozan.planner.search import search
+from tozan.planner.table import rows
 
 DAY = 86400.0
 PAGES = ("days", "weather", "trends", "table")

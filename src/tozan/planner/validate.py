@@ -13,15 +13,14 @@ from statistics import fmean
 
 import numpy as np
 
-from tozan.errors import Problem, UserError
-from tozan.models.arithmetic import parameters
-from tozan.planner import collectives, costs, published, stacks
+from tozan.planner import others, published, stacks
 from tozan.planner.candidates import Floats, candidates
 from tozan.planner.intervals import bounds
 from tozan.planner.layer import Job
-from tozan.planner.machine import Machine, load
+from tozan.planner.machine import load
 from tozan.planner.memory import memory
-from tozan.planner.published import Case, gpt, rows
+from tozan.planner.published import Case, gpt
+from tozan.planner.table import check
 
 BEST_TOOL: dict[str, tuple[float, str]] = {
     "korthikanti_table5": (0.0365, "Calculon"),
@@ -43,10 +42,6 @@ BARS: dict[str, float] = {
     "memory: activations": 0.02,
 }
 """What the project asks of the planner."""
-
-
-Triple = tuple[float, float, str]
-"""Predicted, measured, use."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +94,17 @@ def validate(rows_too: bool = False, folder: Path | None = None) -> Report:
             and columns, as many of them as there are.
 
     Raises:
-        UserError: no file of the folder is one of these tables, or one cannot be read.
+        UserError: no file of the folder is one of these tables, or some cannot be read: every mistake at once.
     """
     report = Report()
     machines = {
         name: load(name) for name in ("a100-80", "a100-40", "h100-80", "v100-32", "fugaku-2.0", "tpu-v4", "tpu-v5e")
     }
-    tables = published.every(lambda name: machines[name], folder)
-    if not any(tables.values()) and not rows("korthikanti_memory", folder):
-        fix = f"files such as {next(iter(published.READERS))}.csv"
-        raise UserError(Problem(f"--tables {folder}", "holds no row of any table that tozan has", fix))
+    find = machines.__getitem__
+    if folder is not None:
+        readers = {table: published.each(table, find) for table in published.READERS}
+        check(folder, readers | {table: others.each(table, find) for table in others.READERS})
+    tables = published.every(find, folder)
     details: list[str] = []
     inside: dict[str, list[bool]] = {"calibration": [], "public": []}
     for table, cases in tables.items():
@@ -121,11 +117,8 @@ def validate(rows_too: bool = False, folder: Path | None = None) -> Report:
             details.append(
                 f"{table:34} {case.label:40} {case.seconds:11.3f} {seconds:11.3f} {seconds / case.seconds - 1:+7.1%}"
             )
-    report.lines += _memory_lines(machines["a100-80"], folder)
-    if folder is None:
-        report.lines.append(_whole_memory_line(tables))
-        report.lines += [_collective_line(machines), _cluster_line(machines["h100-80"])]
-        report.lines += [_energy_line(), _palm_line(machines), _scalar_line(machines["a100-80"])]
+    for name, found in others.compare(find, tables, folder):
+        report.lines.append(_compare(name, found, constant=name not in others.ALONE))
     report.coverage = {use: (fmean(found), len(found)) for use, found in inside.items() if found}
     ranked = [case for table in ("vtrain_multi", "vtrain_single", "bigscience_bloom_tuning") for case in tables[table]]
     report.kendall, report.kendall_jobs, report.regret, report.groups = _ranking(ranked)
@@ -162,7 +155,7 @@ def _constant(ratios: Floats) -> float:
     return float(min(np.mean(np.abs(ratios / ratio - 1)) for ratio in ratios))
 
 
-def _compare(table: str, found: list[Triple], constant: bool = True) -> Line:
+def _compare(table: str, found: list[others.Triple], constant: bool) -> Line:
     """Compare numbers of any kind."""
     ratios = np.array([predicted / measured for predicted, measured, _ in found])
     public = [abs(ratio - 1) for ratio, (_, _, use) in zip(ratios, found, strict=True) if use == "public"]
@@ -175,120 +168,6 @@ def _compare(table: str, found: list[Triple], constant: bool = True) -> Line:
         constant=_constant(ratios) if constant else None,
         public_error=float(np.mean(public)) if public else None,
     )
-
-
-def _memory_lines(machine: Machine, folder: Path | None) -> list[Line]:
-    """Korthikanti's figures 1 and 7. Their state is that of the blocks alone, without embeddings: so is ours here."""
-    sizes = {row["model"]: row for row in rows("korthikanti_table5")}
-    modes = {"none": (0, "none"), "seq": (1, "none"), "selective": (0, "selective")}
-    modes |= {"seq+selective": (1, "selective"), "full": (0, "full")}
-    state: list[Triple] = []
-    kept: list[Triple] = []
-    for row in rows("korthikanti_memory", folder):
-        size = {key: int(sizes[row["model"]][key]) for key in ("hidden", "layers", "heads", "tp", "pp", "virtual_pp")}
-        batch, micro = (int(sizes[row["model"]][key]) for key in ("global_batch", "micro_batch"))
-        job = Job(gpt(size["hidden"], size["layers"], size["heads"], 2048), machine, stacks.MEGATRON_2022, batch)
-
-        def price(mode: str, job: Job = job, size: dict[str, int] = size, micro: int = micro) -> tuple[float, float]:
-            parallel, recompute = modes[mode]
-            layout = candidates(
-                tp=size["tp"],
-                pp=size["pp"],
-                chunks=size["virtual_pp"],
-                micro_batch=micro,
-                sequence_parallel=parallel,
-                recompute=recompute,
-            )
-            found = memory(job, layout).parts
-            blocks, ends = costs.stage_parameters(job, layout)
-            fixed = sum(float(found[key][0]) for key in ("parameters", "gradients", "optimizer"))
-            return fixed * float(blocks[0] / (blocks[0] + ends[0])), float(found["activations"][0])
-
-        fixed, activations = price(row["mode"])
-        if row["figure"] == "fig1":
-            state.append((fixed / 2**30, float(row["params_optim_gib"]), row["use"]))
-            kept.append((activations / 2**30, float(row["activation_gib"]), row["use"]))
-        elif row["mode"] != "none":
-            kept.append((100 * activations / price("none")[1], float(row["activation_pct_of_none"]), row["use"]))
-    return [
-        _compare(name, found, constant=False)
-        for name, found in (("memory: parameters and optimizer", state), ("memory: activations", kept))
-        if found
-    ]
-
-
-def _whole_memory_line(tables: dict[str, list[Case]]) -> Line:
-    """What runs reported per device: BLOOM's tuning and nanotron's best layouts; allocators and all."""
-    found = []
-    for table, column in (("bigscience_bloom_tuning", "mem_gb"), ("nanotron_best_configs", "peak_mem_gb")):
-        for row, case in zip(rows(table), tables[table], strict=True):
-            if row[column]:
-                held = float(np.broadcast_to(memory(case.job, case.layout).total, 1)[0]) / 1e9
-                found.append((held, float(row[column]), row["use"]))
-    return _compare("memory: whole device (BLOOM, nanotron)", found)
-
-
-def _collective_line(machines: dict[str, Machine]) -> Line:
-    """NCCL all-reduce of 2 to 8 GPUs in one node; the node files' three numbers are of these rows and of training."""
-    found = []
-    for row in rows("vtrain_nccl_allreduce_lut"):
-        if row["gpu"] != "a100":
-            continue  # that V100 node has a hybrid cube mesh, whose rate depends on which GPUs: no machine file of ours
-        seconds = float(collectives.all_reduce(machines["a100-80"], int(row["bytes"]), int(row["n_gpus"]), 1))
-        found.append((seconds * 1e6, float(row["time_us"]), row["use"]))
-    return _compare("vtrain_nccl_allreduce_lut (A100)", found)
-
-
-SHARED_CONGESTION = 0.75
-"""Loss of bandwidth per doubling of nodes on the cluster of tables/ultrascale_playbook.csv, fitted to its rows; a
-dedicated fabric, as in the machine files, loses 0.02."""
-
-
-def _cluster_line(machine: Machine) -> Line:
-    """Bus bandwidth on a shared cluster: means of a wide spread, 12.5 to 177 GB/s at 64 nodes."""
-    shared = machine.changed(network={"congestion": SHARED_CONGESTION})
-    found = []
-    for row in rows("ultrascale_playbook"):
-        nodes = int(row["value_of_axis"])
-        found.append((float(collectives.bandwidth(shared, nodes * 8, 1)) / 1e9, float(row["value"]), row["use"]))
-    return _compare("ultrascale_playbook (bus bandwidth)", found)
-
-
-def _energy_line() -> Line:
-    """LLaMA's energy: GPU-hours × 400 W × PUE 1.1, the convention of its table 15."""
-    found = []
-    for row in rows("llama1_energy"):
-        predicted = float(row["gpu_hours"]) * float(row["gpu_power_w"]) * float(row["pue"]) / 1e6
-        found.append((predicted, float(row["mwh"]), row["use"]))
-    return _compare("llama1_energy (MWh from GPU-hours)", found, constant=False)
-
-
-def _palm_line(machines: dict[str, Machine]) -> Line:
-    """PaLM's table of MFU: layouts are not said; only the row of MT-NLG on A100 can be priced without guesses."""
-    row = next(row for row in rows("palm_mfu") if row["model"].startswith("Megatron"))
-    case = next(case for case in published.cases("mtnlg_530b", lambda name: machines[name]) if "2240" in case.label)
-    mfu = 100 * case.floor / case.predict()
-    return _compare("palm_mfu (Megatron-Turing)", [(mfu, float(row["mfu_pct"]), row["use"])], constant=False)
-
-
-def _scalar_line(machine: Machine) -> Line:
-    """SC21's days to train and fused operations, where model and layout are said."""
-    found = []
-    for row in rows("megatron_sc21_scalars"):
-        value = float(row["value"])
-        if row["quantity"] == "days_to_train":
-            large = row["config"].startswith("1T")
-            shape = gpt(25600, 128, 160, 2048) if large else gpt(12288, 96, 96, 2048)
-            layout = {"tp": 8, "pp": 64, "dp": 6} if large else {"tp": 8, "pp": 12, "dp": 10, "micro_batch": 1}
-            job = Job(shape, machine, stacks.MEGATRON_2021, 3072 if large else 1540)
-            tokens, devices = (450e9, 3072) if large else (300e9, 1024)
-            priced = candidates(**layout, recompute="full")
-            seconds = float(costs.step(job, priced).seconds[0]) * int(priced.ranks[0]) / devices
-            found.append((tokens / (job.global_batch * 2048) * seconds / 86400, value, row["use"]))
-        elif row["quantity"] == "checkpoint_size":
-            # Parameters in 16 bits and optimizer state in 32, 14 bytes each.
-            found.append((14 * parameters(gpt(25600, 128, 160, 2048)) / 1e12, value, row["use"]))
-    return _compare("megatron_sc21_scalars (days, checkpoint)", found, constant=False)
 
 
 def _ranking(cases: list[Case]) -> tuple[float, float, float, int]:
