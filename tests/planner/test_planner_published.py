@@ -166,10 +166,10 @@ def test_every_mistake_in_a_folder_of_tables_is_said_at_once(tmp_path):
 
 
 def test_every_kind_of_table_can_be_held_out(tmp_path, report):
-    """Those without step times, too, and a use need not be said; two rows of each are enough."""
+    """Those without step times, too, and a use need not be said; the first and the last row of each are enough."""
     for table in [*READERS, *others.READERS]:
         found = [{key: value for key, value in row.items() if key != "use"} for row in rows(table)]
-        found = found if table in others.READERS else found[:2]
+        found = found if table in others.READERS else [found[0], found[-1]]
         with (tmp_path / f"{table}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, found[0])
             writer.writeheader()
