@@ -18,9 +18,11 @@ import torch
 from common import standard_text
 from loops import tozan_step
 
-from tozan.ops import attention, cross_entropy, gelu, native, swiglu
+from tozan.ops import causal_attention, cross_entropy, gelu, native, swiglu
 
 PRODUCTS = {"tozan::product", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+ATTENTION = {"tozan::attention", "tozan::attention_backward"}
+"""Products with softmax between them: what a kernel does of each cannot be seen from outside."""
 
 
 def compare(name: str, work: Callable[[], object], repeats: int = 15) -> None:
@@ -48,11 +50,12 @@ def operations() -> None:
     logits = torch.randn(64, 50_304).bfloat16()
     targets, loss, gradient = torch.randint(0, 50_304, (64,)), torch.empty(64), torch.empty_like(logits)
     compare("cross-entropy and its gradient", lambda: cross_entropy._losses(logits, targets, loss, gradient))
-    for first in (0, 256, 512, 768):
-        q, k = torch.randn(12, 1, 256, 64).bfloat16(), torch.randn(12, first + 256, 64).bfloat16()
-        compare(
-            f"scores and softmax, queries from {first}", lambda q=q, k=k, n=first: attention._probabilities(q, k, n)
-        )
+    packed = torch.randn(1, 1024, 36, 64).bfloat16().transpose(1, 2).requires_grad_()
+    q, k, v = torch.split(packed, [12, 12, 12], dim=1)
+    with torch.no_grad():
+        compare("attention", lambda: causal_attention(q, k, v))
+    arriving = torch.randn(q.shape).bfloat16()
+    compare("attention and its gradients", lambda: torch.autograd.grad(causal_attention(q, k, v), (q, k, v), arriving))
 
 
 def profile(choice: native.Choice, step: Callable[[], object]) -> None:
@@ -63,8 +66,10 @@ def profile(choice: native.Choice, step: Callable[[], object]) -> None:
         step()
     rows = sorted(((event.self_cpu_time_total / 1e3, event.key) for event in found.key_averages()), reverse=True)
     total = sum(took for took, _ in rows)
-    others = [(took, name) for took, name in rows if name not in PRODUCTS]
-    print(f"\nkernels {choice}: {total:.0f} ms, {sum(took for took, _ in others) / total:.1%} no product")
+    others = [(took, name) for took, name in rows if name not in PRODUCTS | ATTENTION]
+    attention = sum(took for took, name in rows if name in ATTENTION)
+    print(f"\nkernels {choice}: {total:.0f} ms, {sum(took for took, _ in others) / total:.1%} no product", end="")
+    print(f", {attention / total:.1%} attention's kernel" if attention else "")
     for took, name in others[:14]:
         print(f"{took:9.1f} ms {took / total:6.1%} {name}")
 

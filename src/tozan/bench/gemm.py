@@ -8,7 +8,7 @@ attention.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -22,9 +22,9 @@ from tozan.bench.show import foot, head, table
 from tozan.comm import processor
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import BLOCKED_FROM
 from tozan.models.products import Product, other_flops, products
-from tozan.ops.attention import query_blocks
+from tozan.ops import causal_attention, fused
+from tozan.ops.attention import BLOCKED_FROM, query_blocks
 from tozan.ops.cross_entropy import chunk_tokens
 from tozan.ops.products import product, usable
 from tozan.planner.sizes import find_shape
@@ -33,6 +33,7 @@ from tozan.train import machine
 FUGAKU = Shape("gpt2", 1, 7168, 56, 56, 28672, 51200, 2048)
 """One layer of the GPT of the talk that tozan grew from: 7168 wide, 56 heads, 2,048 tokens."""
 FUGAKU_SPLITS = (1, 2, 4, 8, 16, 32)
+ATTENTION = ("attn.scores", "attn.values")
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,21 @@ def step_products(
 ) -> list[Product]:
     """The products of a step as the trainer executes them: attention by blocks of queries, the head in chunks.
 
-    Where attention is PyTorch's own kernel (short samples, fp32, fp16), the blocks stand for what happens inside it.
+    Where attention is PyTorch's own kernel (short samples, fp16), the blocks stand for what happens inside it. tozan's
+    kernel is one product for each of those it makes, over as many keys as its queries see on average.
     """
-    ours = dtype == torch.bfloat16 and shape.sequence >= BLOCKED_FROM
+    long = shape.sequence >= BLOCKED_FROM
+    ours = long and fused.usable(torch.empty(1, 1, 1, shape.head_size, dtype=dtype))
+    blocked = long and not ours and dtype == torch.bfloat16
+    blocks = [(end - first, end) for first, end in query_blocks(shape.sequence)]
     try:
         return products(
             shape,
             micro_batch,
             micro_batches,
             tensor,
-            query_blocks=query_blocks(shape.sequence),
-            attention_samples=1 if ours else None,
+            query_blocks=[(shape.sequence, fused.mean_keys(shape.sequence))] if ours else blocks,
+            attention_samples=1 if blocked else None,
             head_tokens=chunk_tokens(micro_batch * shape.sequence, shape.vocabulary // tensor),
         )
     except ValueError as error:
@@ -165,20 +170,69 @@ def call(one: Product, dtype: torch.dtype) -> Callable[[], Tensor]:
     return lambda: torch.mm(a, b)
 
 
-def _rates(work: Work, tensor: int, precision: str) -> Iterator[tuple[Product, float, list[float]]]:
-    """Each product with its share of the step's FLOPs and its FLOP/s; equal shapes are measured once."""
+def attention_seconds(
+    shape: Shape, micro_batch: int, dtype: torch.dtype, tensor: int, seconds: float, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of one layer's attention `forward` and `backward` by tozan's kernel; empty where the trainer has none."""
+    kv_heads, group = -(-shape.kv_heads // tensor), shape.heads // shape.kv_heads
+    size = (micro_batch, shape.sequence, (group + 2) * kv_heads, shape.head_size)
+    heads = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(1, 2)
+    parts = [part.detach() for part in torch.split(heads, [group * kv_heads, kv_heads, kv_heads], dim=1)]
+    if shape.sequence < BLOCKED_FROM or not fused.usable(parts[0]):
+        return {}
+    ahead = measure.times(lambda: causal_attention(*parts), seconds, repeats)
+    parts = [part.requires_grad_() for part in parts]
+    y = causal_attention(*parts)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    back = measure.times(lambda: torch.autograd.grad(y, parts, dy, retain_graph=True), seconds, repeats)
+    return {"forward": ahead, "backward": back}
+
+
+def seconds_of(
+    listed: Sequence[Product],
+    dtype: torch.dtype,
+    seconds: float,
+    repeats: int,
+    attention: Mapping[str, Sequence[float]] | None = None,
+) -> list[tuple[Product, list[float]]]:
+    """Seconds of each product alone; equal sizes are measured once.
+
+    Args:
+        listed: the products.
+        dtype: of their operands.
+        seconds: at each, at least.
+        repeats: of each, at least.
+        attention: what `attention_seconds` found; its products share that, softmax included, by their FLOPs.
+    """
     known: dict[Product, list[float]] = {}
+    found = []
+    for one in listed:
+        key = replace(one, name="", direction="forward", count=1)
+        if attention and one.name in ATTENTION:
+            together = sum(o.flops for o in listed if o.name in ATTENTION and _way(o) == _way(one))
+            found.append((one, [took * one.flops / together for took in attention[_way(one)]]))
+            continue
+        if key not in known:
+            known[key] = timed(one, dtype, seconds, repeats)
+        found.append((one, known[key]))
+    return found
+
+
+def _way(one: Product) -> str:
+    return "forward" if one.direction == "forward" else "backward"
+
+
+def _rates(work: Work, tensor: int, precision: str) -> Iterator[tuple[Product, float, list[float]]]:
+    """Each product with its share of the step's FLOPs and its FLOP/s."""
     dtype = measure.DTYPES[precision]
     listed = _listed(work, dtype, tensor)
     total = sum(one.step_flops for one in listed)
+    attention: dict[str, list[float]] = {}
     if work.model != "fugaku":
         total += other_flops(work.shape, work.micro_batch) // tensor
-    for one in listed:
-        key = replace(one, name="", direction="forward", count=1)
-        if key not in known:
-            took = timed(one, dtype, work.seconds, work.repeats)
-            known[key] = [one.flops / seconds for seconds in took]
-        yield one, one.step_flops / total, known[key]
+        attention = attention_seconds(work.shape, work.micro_batch, dtype, tensor, work.seconds, work.repeats)
+    for one, took in seconds_of(listed, dtype, work.seconds, work.repeats, attention):
+        yield one, one.step_flops / total, [one.flops / seconds for seconds in took]
 
 
 def _listed(work: Work, dtype: torch.dtype, tensor: int) -> list[Product]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -18,7 +18,7 @@ import torch
 
 from tozan.amounts import percent, scaled
 from tozan.bench import measure
-from tozan.bench.gemm import step_products, timed
+from tozan.bench.gemm import attention_seconds, seconds_of, step_products
 from tozan.bench.result import Peak, Result, Row
 from tozan.bench.show import foot, head, table
 from tozan.comm import Mesh
@@ -98,7 +98,9 @@ def run(model: str, flags: Sequence[str] = (), steps: int = 6, seconds: float = 
         allocations, allocated = count_allocations(work)
     shape, micro_batch, micro_batches = work.shape, work.micro_batch, work.accumulate
     listed = step_products(shape, work.precision.dtype, micro_batch, micro_batches)
-    rates = product_seconds(listed, work.precision.dtype, seconds, repeats)
+    attention = attention_seconds(shape, micro_batch, work.precision.dtype, 1, seconds, repeats)
+    measured = seconds_of(listed, work.precision.dtype, seconds, repeats, attention)
+    rates = [(one, median(took)) for one, took in measured]
     bandwidth = median(measure.copy_rates(seconds))
     moved = step_bytes(shape, micro_batch, micro_batches, work.precision.dtype.itemsize)
     rows = [_phase(name, laps, rates, moved, bandwidth) for name in laps[0].phases]
@@ -188,18 +190,6 @@ def count_allocations(work: Run) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def product_seconds(
-    listed: Sequence[Product], dtype: torch.dtype, seconds: float, repeats: int
-) -> list[tuple[Product, float]]:
-    """Median seconds of each product; equal ones are measured once."""
-    known: dict[Product, float] = {}
-    for one in listed:
-        key = replace(one, name="", direction="forward", count=1)
-        if key not in known:
-            known[key] = median(timed(one, dtype, seconds, repeats))
-    return [(one, known[replace(one, name="", direction="forward", count=1)]) for one in listed]
-
-
 def phase_of(one: Product) -> str:
     """Where the trainer makes a product: the head's gradients are made with the loss, in the forward pass."""
     return "forward" if one.direction == "forward" or one.name == "head" else "backward"
@@ -253,7 +243,8 @@ def _notes() -> list[str]:
     return [
         f"FLOP/s = {FLOPS_FORMULA}; MFU is its share of the best product measured here",
         "GEMM: each product of the step at its median rate alone (scores of attention once, though backward makes them "
-        "again); memory: what must be read and written between the products, at the speed of a copy",
+        "again; where tozan's kernel does attention, all that it does); memory: what must be read and written between "
+        "the products, at the speed of a copy",
     ]
 
 

@@ -18,10 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tozan.models.arithmetic import Shape
-from tozan.ops import causal_attention, linear
-
-BLOCKED_FROM = 128
-"""Tokens from which attention in blocks was measured to be faster than PyTorch's kernel on CPUs, in bf16."""
+from tozan.ops import attention, causal_attention, linear, split_heads
 
 
 class Unfilled(TorchFunctionMode):
@@ -159,11 +156,11 @@ class Attention(nn.Module):
         kv_heads = width // self.head_size // (self.group + 2)
         heads = qkv.view(batch, tokens, -1, self.head_size).transpose(1, 2)
         if self.rotary is None:
-            q, k, v = torch.split(heads, [self.group * kv_heads, kv_heads, kv_heads], dim=1)
+            q, k, v = split_heads(heads, [self.group * kv_heads, kv_heads, kv_heads])
         else:
-            qk, v = torch.split(heads, [(self.group + 1) * kv_heads, kv_heads], dim=1)
+            qk, v = split_heads(heads, [(self.group + 1) * kv_heads, kv_heads])
             qk = self.rotary(qk, past.length if past else 0)
-            q, k = torch.split(qk, [self.group * kv_heads, kv_heads], dim=1)
+            q, k = split_heads(qk, [self.group * kv_heads, kv_heads])
         if past is not None:
             k, v = past.extend(k, v)
         y = self.attend(q, k, v)
@@ -183,7 +180,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     tokens, length = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if tokens == length >= BLOCKED_FROM and q.is_cpu and q.dtype == torch.bfloat16:
+    if tokens == length and attention.pays(q):
         return causal_attention(q, k, v)
     if tokens == length or tokens == 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=tokens == length > 1, enable_gqa=grouped)

@@ -90,8 +90,8 @@ def products(
         micro_batches: forward passes in a step.
         tensor: ranks that share every matrix (1D, after Megatron). Where it does not divide the heads, the products are
             those of a rank that has most of them, since the others wait for it.
-        query_blocks: first and end position of the blocks of queries that attention goes through, each over the keys
-            before its end; None counts the whole T × T scores, as published figures do.
+        query_blocks: queries and keys of each block of queries that attention goes through; None counts the whole
+            T × T scores, as published figures do.
         attention_samples: samples that attention takes at a time; None: all of a micro-batch.
         head_tokens: tokens that the output head takes at a time; None: all at once.
 
@@ -131,8 +131,8 @@ def _attention(
     """Heads that share their keys are one taller matrix: batch is the key heads, m their queries."""
     size, group = shape.head_size, shape.heads // shape.kv_heads
     batch = samples * -(-shape.kv_heads // tensor)
-    for first, end in blocks or [(0, shape.sequence)]:
-        rows, keys = group * (end - first), end
+    for queries, keys in blocks or [(shape.sequence, shape.sequence)]:
+        rows = group * queries
         scores = Product("attn.scores", "forward", "nt", rows, keys, size, batch, count)
         values = Product("attn.values", "forward", "nn", rows, size, keys, batch, count)
         yield from (scores, values)

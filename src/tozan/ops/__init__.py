@@ -1,7 +1,7 @@
 """Operations worth fusing on a CPU, each beside the plain reference that tests hold it to."""
 
 from tozan.ops.activations import gelu, gelu_reference, swiglu, swiglu_reference
-from tozan.ops.attention import causal_attention, causal_attention_reference
+from tozan.ops.attention import causal_attention, causal_attention_reference, split_heads
 from tozan.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tozan.ops.products import linear, product, product_reference
 
@@ -15,6 +15,7 @@ __all__ = [
     "linear_cross_entropy_reference",
     "product",
     "product_reference",
+    "split_heads",
     "swiglu",
     "swiglu_reference",
 ]

@@ -1,10 +1,12 @@
-"""Causal attention in half precision as a few batched matrix products per block of queries.
+"""Causal attention: one kernel for each direction where there is one for the processor, else a few batched products.
 
-PyTorch's fused CPU kernel runs its small products far below the speed of the library's large ones: on a processor with
-AVX512-BF16 and without AMX it needs 1.4 times as long as what is here, forward and backward together. A block of
-queries of all heads of a sample goes through product, softmax and product at once, so that the scores stay in cache
-and only the causal half (rounded up to blocks) is computed. Nothing but queries, keys and values is kept; backward
-makes the scores again.
+The kernel (`attention.cpp`, AVX-512 with bf16 dot products; fp32 and bf16) takes a head at a time through products and
+softmax, so that no scores ever leave the cache and only the causal half is computed. It keeps of each query the
+logarithm of the sum of its exponentials, from which backward makes the probabilities again, as FlashAttention-2 does
+(Dao, 2023, arXiv 2307.08691).
+
+Elsewhere blocks of queries of all heads of a sample go through batched products, which PyTorch's libraries do at a
+higher rate than its own fused kernel does its small ones; backward makes the scores again from queries and keys.
 """
 
 from __future__ import annotations
@@ -15,9 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from tozan.ops import native
+from tozan.ops import fused, native
 from tozan.ops.compiler import operation
+
+BLOCKED_FROM = 128
+"""Tokens from which blocks of batched products were measured to be faster than PyTorch's kernel on CPUs, in bf16."""
+
+
+def pays(q: Tensor) -> bool:
+    """Whether `causal_attention` is faster than PyTorch's own for these queries (B, H, T, S)."""
+    return q.is_cpu and q.shape[2] >= BLOCKED_FROM and (q.dtype == torch.bfloat16 or fused.usable(q))
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,12 +45,11 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-@operation("tozan::causal_attention")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of each token over itself and the tokens before it.
 
-    Scores are rounded to the type of the inputs, as products of that type are; softmax and its gradient are computed
-    in fp32, and so are the sums over blocks. torch.compile takes it as one operation.
+    Softmax, its gradient and all sums are computed in fp32 at least; what enters a product is rounded to the type of
+    the inputs (without the kernel so are the scores). torch.compile takes it as one operation.
 
     Args:
         q: queries (B, H, T, S), on the CPU.
@@ -49,6 +59,106 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, H, T, S), in memory as (B, T, H, S).
     """
+    return _attention(q, k, v)[0]
+
+
+@operation("tozan::causal_attention")
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and, for the kernel's backward pass, (B, H, T) logarithms of sums; without the kernel these are 0."""
+    if fused.usable(q):
+        output, logs = _empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        fused.forward(q, k, v, output, logs)
+        return output, logs
+    return _blocks(q, k, v), q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+
+@operation("tozan::causal_attention_backward")
+def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor) -> Tensor:
+    """Gradients of q, k and v, side by side for each token: (B, T, H + 2K, S)."""
+    gradients = _empty_gradients(q, k)
+    if fused.usable(q):
+        fused.backward(dy, q, k, v, y, logs, _parts(gradients, k))
+    else:
+        _blocks_backward(dy, q, k, v, *_parts(gradients, k))
+    return gradients
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return _empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor) -> Tensor:  # noqa: ARG001
+    return _empty_gradients(q, k)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps for the backward pass what the kernel wants; the output is kept by the next product anyway."""
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, y, logs = ctx.saved_tensors
+    return _parts(_backward(dy, q, k, v, y, logs), k)
+
+
+_attention.register_autograd(_gradients, setup_context=_keep)
+
+
+def split_heads(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """`torch.split` of the heads (dim 1); gradients that lie side by side in memory already are not copied.
+
+    Args:
+        x: (B, heads, T, S).
+        sizes: heads of each part.
+    """
+    return _Split.apply(x, sizes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Split(torch.autograd.Function):
+    """As `torch.split`, whose gradient is a copy of all parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return torch.split(x, sizes, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *parts: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return _together(parts), None
+
+
+def _together(parts: tuple[Tensor, ...]) -> Tensor:
+    """The parts in one tensor along dim 1: the memory that they lie in, if they do so one behind the other."""
+    first, heads = parts[0], sum(part.shape[1] for part in parts)
+    if torch.compiler.is_compiling():
+        return torch.cat(parts, dim=1)
+    at = first.storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.stride() != first.stride() or part.storage_offset() != at:
+            return torch.cat(parts, dim=1)
+        at += part.shape[1] * part.stride(1)
+    return first.as_strided((first.shape[0], heads, *first.shape[2:]), first.stride(), first.storage_offset())
+
+
+def _empty_gradients(q: Tensor, k: Tensor) -> Tensor:
+    """Room for the gradients of q, k and v, as the projection that made them wants them."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1] + 2 * k.shape[1], q.shape[3])
+
+
+def _parts(gradients: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v, each (B, heads, T, S)."""
+    kv_heads = k.shape[1]
+    sizes = [gradients.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
+    dq, dk, dv = torch.split(gradients.transpose(1, 2), sizes, dim=1)
+    return dq, dk, dv
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The output by batched products."""
     heads, tokens, size = q.shape[1:]
     output = _empty_output(q)
     for sample in range(q.shape[0]):
@@ -60,12 +170,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return output
 
 
-@operation("tozan::causal_attention_backward")
-def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output."""
+def _blocks_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes the gradients of q, k and v, by batched products."""
     kv_heads, tokens, size = k.shape[1:]
     scale = 1.0 / math.sqrt(size)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for sample in range(q.shape[0]):
         queries, arriving = (tensor[sample].view(kv_heads, -1, tokens, size) for tensor in (q, dy))
         keys, values = k[sample].contiguous(), v[sample].contiguous()
@@ -80,25 +188,6 @@ def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
             dq[sample, :, first:end] = torch.bmm(ds, keys[:, :end]).mul_(scale).view(-1, end - first, size)
             sum_k[:, :end] += torch.bmm(ds.transpose(1, 2), block.reshape(kv_heads, -1, size))
         dk[sample], dv[sample] = sum_k.mul_(scale), sum_v
-    return dq, dk, dv
-
-
-@causal_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
-    return _empty_output(q)
-
-
-@_backward.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    """Keeps queries, keys and values for the backward pass."""
-    ctx.save_for_backward(*inputs)
-
-
-causal_attention.register_autograd(lambda ctx, dy: _backward(dy, *ctx.saved_tensors), setup_context=_keep)
 
 
 def _empty_output(q: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def product(
     assert library is not None
     strides = (*a.stride(), *b.stride())
     operands = [ctypes.c_void_p(t.data_ptr()) for t in (a, b)]
-    with _noted("tozan::product"):
+    with noted("tozan::product"):
         library[f"gemm_{variant}"](
             *operands,
             *map(ctypes.c_long, (*strides, a.shape[0], b.shape[1], a.shape[1])),
@@ -127,7 +127,7 @@ def product(
         )
 
 
-def _noted(name: str) -> contextlib.AbstractContextManager[object]:
+def noted(name: str) -> contextlib.AbstractContextManager[object]:
     """Shows a kernel to PyTorch's profiler, if that is at work."""
     profiling = torch.autograd.profiler._is_profiler_enabled
     return torch.profiler.record_function(name) if profiling else contextlib.nullcontext()

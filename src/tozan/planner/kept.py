@@ -50,6 +50,7 @@ def kept(
     # Gate and up each cast their input, unless ranks share it; where nothing is cast they share it, too.
     casts = stream * item * np.where((tp == 1) & (gated and item != word), 3, 2)
     gathered = np.where(shared, 2 * tokens * shape.width * item, 0.0)
-    everything = norms + casts + gathered + item * (heads + (3 if gated else 2) * inner)
+    logs = 4 * tokens * shape.heads / tp  # of each query's sum of exponentials
+    everything = norms + casts + gathered + item * (heads + (3 if gated else 2) * inner) + logs
     light = stream * (item + word) + item * inner if gated else casts + item * inner
     return Kept(everything, everything - light, stream * word)
