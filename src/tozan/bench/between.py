@@ -105,7 +105,7 @@ def _collective_rank(
     """Every collective among `inner` neighbours, and among those of their groups that stand at the same place."""
     with _joined(rank, world, folder):
         mesh = Mesh.create(Layout(dp=world // inner, tp=inner))
-        more = partial(_more, _half_block(shrink))
+        more = partial(_more, _half_block(shrink), max(1, TURNS // shrink))
         found: list[dict[str, Any]] = []
         for axis, stride in ((mesh["tp"], 1), (mesh["dp"], inner)):
             if axis.size > 1:
@@ -162,7 +162,7 @@ def _crowd_rank(rank: int, world: int, folder: Path, shrink: int) -> float:
         return (time.perf_counter() - begin) / (ROUNDS * TURNS)
 
 
-def _more(compute: Callable[[], Any], talk: Callable[[], Any]) -> float:
+def _more(compute: Callable[[], Any], turns: int, talk: Callable[[], Any]) -> float:
     """Seconds that talking adds to a turn of computing, all ranks of the node together.
 
     The mean, since tails count; of rounds that alternate, since a machine's speed drifts.
@@ -173,9 +173,9 @@ def _more(compute: Callable[[], Any], talk: Callable[[], Any]) -> float:
         for sign, also in ((-1, lambda: None), (1, talk)):
             dist.barrier()
             begin = time.perf_counter()
-            for _ in range(TURNS):
+            for _ in range(turns):
                 compute()
                 also()
             dist.barrier()
             spent += sign * (time.perf_counter() - begin)
-    return max(1e-6, spent / (ROUNDS * TURNS))
+    return max(1e-6, spent / (ROUNDS * turns))
