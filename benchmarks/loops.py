@@ -161,7 +161,8 @@ def tozan_step(flags: list[str]) -> tuple[Callable[[], tuple[int, float]], float
     run = assemble(load(None, flags))
 
     def step() -> tuple[int, float]:
-        result = train_step(run, Clock())
+        while (result := train_step(run, Clock())).again:
+            pass  # it looked odd, and nothing was updated
         run.step, run.samples = run.step + 1, run.samples + run.global_batch
         return result.tokens, result.loss
 
