@@ -40,8 +40,16 @@ SHAPES = {
         *("--model.layers=4", "--model.width=256", "--model.heads=4", "--model.sequence=256"),
         *("--train.global_batch=32", "--train.micro_batch=4", "--train.steps=6"),
     ],
+    "gpt2-8x320": [
+        *("--model.layers=8", "--model.width=320", "--model.heads=4", "--model.sequence=384"),
+        *("--train.global_batch=16", "--train.micro_batch=4", "--train.steps=6"),
+    ],
+    "llama-6x640": [
+        *("--model.family=llama", "--model.layers=6", "--model.width=640", "--model.heads=10", "--model.tied=false"),
+        *("--model.sequence=384", "--train.global_batch=8", "--train.micro_batch=2", "--train.steps=4"),
+    ],
 }
-"""Four models, each with its batch."""
+"""Six models, each with its batch."""
 
 
 CONFIG = """
@@ -81,8 +89,14 @@ RUNS = [
     ("gpt2-4x256", "pp4", layout(pipeline=4, schedule="1f1b")),
     ("gpt2-4x256", "dp8", layout(data=8)),
     ("gpt2-4x256", "dp2 tp2 pp2", layout(data=2, tensor=2, pipeline=2)),
+    ("gpt2-8x320", "one process", []),
+    ("gpt2-8x320", "dp2 zero2", layout(data=2, zero=2)),
+    ("gpt2-8x320", "pp2 interleaved", layout(pipeline=2, schedule="interleaved", chunks=2)),
+    ("llama-6x640", "tp2", layout(tensor=2)),
+    ("llama-6x640", "dp2 pp2", layout(data=2, pipeline=2)),
+    ("llama-6x640", "dp2 cp2", layout(data=2, context=2)),
 ]
-"""Model, name and flags of every run."""
+"""Model, name and flags of every run. The last two models were chosen when the forecast was finished."""
 
 
 def take_steps(path: Path, flags: list[str]) -> None:
