@@ -53,6 +53,7 @@ class Measured:
         launch: seconds to issue a tiny operation.
         cores: that this process may use.
         resident: bytes of memory of a rank beside its tensors.
+        compiler: bytes more where activations are recomputed.
         trainer: the trainer's units, one table per number of threads, as machine files have them.
         crowding: rows of ranks and slowdown, as machine files have them.
         collectives: rows as machine files have them (see `between.together`).
@@ -67,6 +68,7 @@ class Measured:
     launch: float
     cores: int
     resident: float
+    compiler: float
     trainer: list[dict[str, Any]]
     collectives: list[dict[str, Any]]
     crowding: list[dict[str, float]]
@@ -116,7 +118,7 @@ def measure(worlds: tuple[int, ...] = between.WORLDS, seconds: float = 0.3, shri
         min(1.0, gelu / copy),
         _time(lambda: tiny + tiny, seconds / 10),
         cores,
-        footprint.measure(min(worlds, default=1)),
+        *footprint.measure(min(worlds, default=1)),
         trainer,
         rows,
         between.crowding(worlds, shrink),
@@ -141,6 +143,7 @@ def toml(found: Measured) -> str:
         'kind = "cpu"',
         f"memory = {psutil.virtual_memory().total:.4g}",
         f"reserve = {found.resident:.4g}",
+        f"recompute_reserve = {found.compiler:.4g}",
         f"weight_copies = {json.dumps(not products.pays(torch.bfloat16))}",
         f"bandwidth = {found.bandwidth:.4g}",
         f"bandwidth_efficiency = {found.elementwise:.4g}",

@@ -5,11 +5,14 @@ Measured as a run would: fresh processes, started by torchrun, take real steps o
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import psutil
 
 from tozan import data
 from tozan.bench import step
@@ -27,9 +30,10 @@ SMALL = (
 """Small enough for seconds, and with every operation of a step."""
 
 
-def measure(ranks: int) -> float:
-    """Bytes: the largest resident set of the fullest of `ranks` processes, less what its tensors ever took.
+def measure(ranks: int) -> tuple[float, float]:
+    """Bytes of a rank beside its tensors, and what PyTorch's compiler adds, which its recomputation imports.
 
+    That is the largest resident set of the fullest of `ranks` processes, less what its tensors ever took.
     Without an arena for tensors (`ops.native`), the few that there are count, too.
 
     Raises:
@@ -40,7 +44,8 @@ def measure(ranks: int) -> float:
         data.build(data.corpus.standard_library(limit=200_000), Path(folder) / "data", vocabulary=1024, validation=0.0)
         command = [sys.executable, *launcher, "-m", "tozan.bench.footprint", str(ranks), folder]
         subprocess.run(command, check=True, capture_output=True)
-        return max(float(json.loads(path.read_text(encoding="utf-8"))) for path in Path(folder).glob("*.json"))
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("*.json")]
+        return max(beside for beside, _ in found), max(compiler for _, compiler in found)
 
 
 def main(ranks: int, folder: Path) -> None:
@@ -53,7 +58,10 @@ def main(ranks: int, folder: Path) -> None:
             step.lap(run)
         tensors = native.arena_bytes()
         beside = largest_resident_set() - (tensors[2] if tensors else 0)
-        (folder / f"{mesh.rank}.json").write_text(json.dumps(beside), encoding="utf-8")
+        without = psutil.Process().memory_info().rss
+        importlib.import_module("torch._dynamo")
+        compiler = psutil.Process().memory_info().rss - without
+        (folder / f"{mesh.rank}.json").write_text(json.dumps([beside, compiler]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,3 +65,24 @@ class Operation(Generic[P, T]):
 def operation(name: str) -> Callable[[Callable[P, T]], Operation[P, T]]:
     """Decorates the function of an `Operation`."""
     return functools.partial(Operation, name)
+
+
+def beginning(y: Tensor, gradient: Tensor) -> Tensor:
+    """A number whose backward pass is that of `y`, begun with `gradient`.
+
+    Given such a gradient itself, `torch.autograd` compares shapes by the compiler's library for symbols.
+    """
+    with torch.enable_grad():
+        return _Beginning.apply(y, gradient.detach())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Beginning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return y.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.__dict__.pop("gradient"), None

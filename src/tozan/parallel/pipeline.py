@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tozan.comm import Axis, collectives
 from tozan.comm.ledger import Total
+from tozan.ops.compiler import beginning
 from tozan.parallel.mail import Mail
 from tozan.parallel.placement import Placement
 from tozan.parallel.synchronizer import Relay
@@ -375,7 +376,7 @@ class _Step:
         if arrived is None:
             (y * self.factor).backward()  # type: ignore[no-untyped-call]
         else:
-            torch.autograd.backward(y, arrived)
+            beginning(y, arrived).backward()  # type: ignore[no-untyped-call]
         if not pipeline.first(chunk):
             assert x.grad is not None
             self.mail.post(action, x.grad)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tozan.comm import Axis, Handle, collectives
+from tozan.ops.compiler import beginning
 from tozan.schedules import Schedule, replay
 
 TAG = 1
@@ -145,8 +146,8 @@ class TiedEmbedding:
         self.seconds += time.perf_counter() - start
         gradient = collectives.recv(torch.empty_like(embedded), self._axis, 0, tag=TAG, name="tied embedding")
         start = time.perf_counter()
-        (of_embedding,) = torch.autograd.grad(embedded, self._weight, gradient)
-        torch.autograd.backward(self._weight, of_head + of_embedding)
+        (of_embedding,) = torch.autograd.grad(beginning(embedded, gradient), self._weight)
+        beginning(self._weight, of_head + of_embedding).backward()  # type: ignore[no-untyped-call]
         self.seconds += time.perf_counter() - start
 
 

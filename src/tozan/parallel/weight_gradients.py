@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tozan.ops import products
+from tozan.ops.compiler import beginning
 from tozan.ops.products import bias_gradient, compute_dtype
 from tozan.parallel.summa import Grid, product_nn, product_nt, product_tn
 from tozan.parallel.tensor_1d import ColumnParallelLinear, RowParallelLinear
@@ -163,7 +164,7 @@ class _Linear(torch.autograd.Function):
             return made
 
         def later() -> None:
-            torch.autograd.backward(leaf, product())  # adds to `.grad`, and calls whoever waits for it
+            beginning(leaf, product()).backward()  # type: ignore[no-untyped-call]  # adds to `.grad`, and calls whoever waits for it
 
         waits = ctx.needs_input_grad[1] and ctx.gradients.defer(later)
         dw = product() if ctx.needs_input_grad[1] and not waits else None

@@ -63,6 +63,8 @@ class Device(_Table):
     """Bytes of memory a rank may use."""
     reserve: Annotated[float, Field(ge=0.0)] = 0.0
     """Bytes of it that the system, the libraries and fragmentation take."""
+    recompute_reserve: Annotated[float, Field(ge=0.0)] = 0.0
+    """Bytes more where activations are recomputed: PyTorch's recomputation imports its compiler."""
     weight_copies: bool = True
     """Whether mixed precision copies the weights; tozan's own products take fp32 ones as they are."""
     bandwidth: Above

@@ -54,7 +54,8 @@ def memory(job: Job, c: Candidates) -> Memory:
     activations = kept * np.where(heavy_end, last, first)
     gathered = np.where(c.zero == 3, 2 * blocks / costs.layers_of(job.shape, c) * 4.0, 0.0)
     working = np.maximum(again, np.where(heavy_end, logits, logits_first)) + gathered
-    reserve = np.broadcast_to(job.machine.device.reserve, working.shape)
+    device = job.machine.device
+    reserve = np.broadcast_to(np.where(c.recompute > 0, device.recompute_reserve, 0.0) + device.reserve, working.shape)
     away = c.offload > 0
     parts = {
         "parameters": state["parameters"],

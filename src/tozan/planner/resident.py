@@ -28,13 +28,17 @@ def resident(trip: Trip, machine: Machine) -> dict[str, float]:
 
     Args:
         trip: the run.
-        machine: `device.reserve` is what a rank takes beside its tensors, and `device.weight_copies` says whether mixed
-            precision copies weights.
+        machine: `device.reserve` is what a rank takes beside its tensors, `device.recompute_reserve` what it takes more
+            if it recomputes, and `device.weight_copies` says whether mixed precision copies weights.
     """
-    copied = machine.device.weight_copies and trip.item != trip.state_item
-    ends = (_rank(trip, trip.layout.rank(pp=stage), copied) for stage in {0, trip.layout.pp - 1})
-    found = max(ends, key=lambda parts: sum(parts.values()))
-    return found | {"reserve": machine.device.reserve}
+    device = machine.device
+    copied = device.weight_copies and trip.item != trip.state_item
+
+    def end(stage: int) -> dict[str, float]:
+        again = 0.0 if trip.recomputes(stage) == "none" else device.recompute_reserve
+        return _rank(trip, trip.layout.rank(pp=stage), copied) | {"reserve": device.reserve + again}
+
+    return max(map(end, {0, trip.layout.pp - 1}), key=lambda parts: sum(parts.values()))
 
 
 def _rank(trip: Trip, rank: int, copied: bool) -> dict[str, float]:
