@@ -57,13 +57,6 @@ inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(y, n);
 }
 
-inline __m512 multiply_add(__m512 sum, uint32_t a, __m512i b, float) {
-    return _mm512_fmadd_ps((__m512)_mm512_set1_epi32(a), (__m512)b, sum);
-}
-inline __m512 multiply_add(__m512 sum, uint32_t a, __m512i b, bf16) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-}
-
 // A tile of a result, in registers.
 typedef __m512 Tile[ROWS][2];
 
@@ -470,13 +463,13 @@ void run(const Backward<Word>& work, int threads) {
 #define ATTENTION(NAME, E)                                                                                           \
     extern "C" void attention_##NAME(const Sizes* n, const View<const E>* q, const View<const E>* k,                 \
                                      const View<const E>* v, const View<E>* y, float* logs, int threads) {           \
-        run(Forward<E>{*n, *q, *k, *v, *y, logs}, threads);                                                  \
+        run(Forward<E>{*n, *q, *k, *v, *y, logs}, threads);                                                          \
     }                                                                                                                \
     extern "C" void attention_backward_##NAME(const Sizes* n, const View<const E>* q, const View<const E>* k,        \
                                               const View<const E>* v, const View<const E>* y,                        \
                                               const View<const E>* dy, const float* logs, const View<E>* dq,         \
                                               const View<E>* dk, const View<E>* dv, int threads) {                   \
-        run(Backward<E>{*n, *q, *k, *v, *y, *dy, logs, *dq, *dk, *dv}, threads);                            \
+        run(Backward<E>{*n, *q, *k, *v, *y, *dy, logs, *dq, *dk, *dv}, threads);                                     \
     }
 
 ATTENTION(fp32, float)
@@ -484,7 +477,6 @@ ATTENTION(bf16, bf16)
 
 // Whether this beats what PyTorch brings: measured on Zen 4 only.
 extern "C" int attention_pays() {
-    __builtin_cpu_init();
-    return __builtin_cpu_is("amd");
+    return made_by_amd();
 }
 #endif

@@ -13,13 +13,6 @@ constexpr long BLOCK_BYTES = 384 << 10;          // of A's panels that stay in t
 constexpr long DEPTH = 768;                      // words along k that panels have at most, if sums can wait
 constexpr long PACKED_BYTES = 16 << 20;          // of B's panels at once
 
-inline __m512 multiply_add(__m512 sum, uint32_t a, __m512i b, float) {
-    return _mm512_fmadd_ps((__m512)_mm512_set1_epi32(a), (__m512)b, sum);
-}
-inline __m512 multiply_add(__m512 sum, uint32_t a, __m512i b, bf16) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-}
-
 // One tile: `rows` × `columns` of the result from a panel of A and one of B, beginning with what is there (`add`) or
 // with 0, and with the bias of each column added at the end, unless it is null.
 template <class Word, class Result>
@@ -100,7 +93,6 @@ PRODUCT(bbf, gemm<bf16>, bf16, bf16, float)
 
 // Whether these beat the libraries that PyTorch brings, which are Intel's.
 extern "C" int gemm_pays() {
-    __builtin_cpu_init();
-    return __builtin_cpu_is("amd");
+    return made_by_amd();
 }
 #endif

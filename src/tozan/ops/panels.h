@@ -1,4 +1,4 @@
-// What matrix products share: operands are read as words and packed into panels, in AVX-512.
+// What matrix products and attention share: operands are read as words and packed into panels, in AVX-512.
 //
 // The unit of everything is a word of 32 bits: one fp32, or two bf16 that are neighbours along k. Of either, one
 // instruction multiplies and adds 16, so both types share all code but that instruction. As in BLIS (Van Zee and van de
@@ -174,6 +174,19 @@ struct Room {
 thread_local Room room_for_a, room_for_b;
 
 inline long panels(long n, long width) { return (n + width - 1) / width; }
+
+// The product of a word of A, the same for all lanes, and 16 of B, added to 16 sums.
+inline __m512 multiply_add(__m512 sum, uint32_t a, __m512i b, float) {
+    return _mm512_fmadd_ps((__m512)_mm512_set1_epi32(a), (__m512)b, sum);
+}
+inline __m512 multiply_add(__m512 sum, uint32_t a, __m512i b, bf16) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+}
+
+inline bool made_by_amd() {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+}
 
 // Threads along the rows of the result; the others lie along its columns.
 inline long threads_along_rows(long row_panels, long column_panels, long threads) {
