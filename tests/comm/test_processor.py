@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tozan.comm import processor
+from tozan.cpuinfo import cpuinfo
 from tozan.train.machine import measure_gemm_rate
 
 AVX512 = "fma avx2 avx512f avx512_bf16"
@@ -89,9 +90,9 @@ def test_a_peak_says_what_it_is_the_product_of_or_why_there_is_none(tmp_path):
 def test_the_measured_clock_carries_what_this_machine_multiplies():
     hertz = processor.measured_clock()
     assert 0.8e9 < hertz < 7e9
-    known = processor.core(processor.cpuinfo())
+    known = processor.core(cpuinfo())
     if known is None:
-        pytest.skip(f"no FLOPs per cycle known for {processor.cpuinfo().get('model name')}")
+        pytest.skip(f"no FLOPs per cycle known for {cpuinfo().get('model name')}")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

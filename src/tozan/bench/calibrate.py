@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from tozan.bench import between, footprint, units
 from tozan.comm import processor
+from tozan.cpuinfo import cpuinfo
 from tozan.ops import products
 from tozan.train.machine import set_allocator
 
@@ -129,7 +130,7 @@ def toml(found: Measured) -> str:
     """A machine file of one node, with the time and the software as its source."""
     numbers = ", ".join(f"{name} = {rate:.4g}" for name, rate in found.peak.items())
     source = f"measured {time.strftime('%Y-%m-%d')} by tozan bench calibrate, torch {torch.__version__}, "
-    source += f"{torch.get_num_threads()} threads on {processor.name(processor.cpuinfo())}"
+    source += f"{torch.get_num_threads()} threads on {processor.name(cpuinfo())}"
     whole = [row["rate"] for row in found.collectives if row["operation"] == "all_reduce"]
     bus = max(whole, default=found.bandwidth)
     lines = [

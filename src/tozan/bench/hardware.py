@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tozan.comm.binding import numa_domains, parse
-from tozan.comm.processor import cpuinfo, hardware_threads, siblings
+from tozan.comm.processor import hardware_threads, siblings
 from tozan.comm.processor import name as processor_name
+from tozan.cpuinfo import cpuinfo, flags
 
 UNITS = {
     "amx_bf16": "AMX bf16",
@@ -133,7 +134,7 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
     """
     e = os.environ if environment is None else environment
     cpu, memory = cpuinfo(root), _meminfo(root)
-    flags = set(cpu.get("flags", cpu.get("Features", "")).split())
+    units = flags(cpu)
     domain_of = numa_domains(root / "sys/devices/system/node")
     cores = {
         domain: tuple(c for c, d in domain_of.items() if d == domain) for domain in sorted(set(domain_of.values()))
@@ -146,7 +147,7 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
         affinity=hardware_threads(),
         threads_per_core=siblings(root),
         quota=_quota(root),
-        units=tuple(name for flag, name in UNITS.items() if flag in flags),
+        units=tuple(name for flag, name in UNITS.items() if flag in units),
         domains={domain: _domain_memory(root, domain) for domain in cores},
         domain_cores=cores,
         distance=_distance(root),
@@ -166,7 +167,7 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
         preloaded=tuple(name for name in ALLOCATORS if name in _text(root / "proc/self/maps")),
         variables={n: e[n] for n in (*THREAD_VARIABLES, *ALLOCATOR_VARIABLES, *NETWORK_VARIABLES) if n in e},
         own_name_is_loopback=_own_name_is_loopback(root),
-        hypervisor="hypervisor" in flags,
+        hypervisor="hypervisor" in units,
     )
 
 

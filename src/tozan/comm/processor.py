@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 
 from tozan.comm.binding import core_of, count_cores, parse
+from tozan.cpuinfo import cpuinfo as cpuinfo
+from tozan.cpuinfo import flags
 
 ZEN = {  # (family, first model, last model): name, 512-bit or 256-bit multiply-adds a cycle, each as bits in all
     (23, 0x00, 0x2F): ("Zen", 256),
@@ -87,22 +89,11 @@ class Nominal:
     how: str
 
 
-def cpuinfo(root: Path = Path("/")) -> dict[str, str]:
-    """The first processor's entries in /proc/cpuinfo; empty where there is none."""
-    try:
-        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.strip().partition("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def core(cpu: Mapping[str, str]) -> Core | None:
     """The core that /proc/cpuinfo describes; None if its FLOPs per cycle are not known here.
 
     Precisions without a unit of their own are computed in fp32, at its rate.
     """
-    flags = set(cpu.get("flags", cpu.get("Features", "")).split())
     if "CPU part" in cpu:
         found = ARM.get((cpu.get("CPU implementer", ""), cpu["CPU part"]))
         if found is None:
@@ -114,7 +105,8 @@ def core(cpu: Mapping[str, str]) -> Core | None:
         family, model = int(cpu["cpu family"]), int(cpu["model"])
     except (KeyError, ValueError):
         return None
-    return (_intel if cpu.get("vendor_id") == "GenuineIntel" else _amd)(family, model, flags, cpu.get("model name", ""))
+    make = _intel if cpu.get("vendor_id") == "GenuineIntel" else _amd
+    return make(family, model, flags(cpu), cpu.get("model name", ""))
 
 
 def _amd(family: int, model: int, flags: set[str], _name: str) -> Core | None:

@@ -29,6 +29,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tozan.cpuinfo import processors
+
 Choice = Literal["auto", "plain"]
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -247,12 +249,9 @@ def _flags() -> list[str]:
 
 def _processor() -> bytes:
     """What decides which instructions the compiler may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}".encode()
     named = ("flags", "model name", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(named)})).encode()
+    found = {f"{name}: {cpu[name]}" for cpu in processors() for name in named if name in cpu}
+    return "\n".join(sorted(found) or [platform.machine(), platform.processor()]).encode()
 
 
 def _require_private(path: Path) -> None:

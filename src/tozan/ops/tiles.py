@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from tozan.cpuinfo import cpuinfo, flags
 from tozan.ops import native
 
 SOURCE = Path(__file__).with_name("gemm_tiles.cpp")
@@ -100,11 +100,7 @@ def _found() -> tuple[ctypes.CDLL | None, Verdict | None]:
 
 def _units() -> set[str]:
     """The first processor's flags."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return set()
-    return set(flags[1].split()) if flags else set()
+    return flags(cpuinfo())
 
 
 def decide(path: Path) -> Verdict:
