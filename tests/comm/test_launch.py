@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from forked import Forked
 
+from tozan.comm import launch
 from tozan.comm.monitor import EXIT_LOST
 from tozan.comm.place import Place, check, expand_counts, expand_hosts, find, interface_to
 from tozan.errors import UserError
+from tozan.layout import Layout
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 
@@ -107,6 +109,23 @@ def test_a_hang_names_the_rank_that_did_not_come_and_the_operation_and_a_slow_st
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(("warm", "patience"), [(False, 600), (True, 120)])
+def test_ranks_that_have_started_before_are_waited_for_less_long(monkeypatch, warm, patience):
+    asked = []
+
+    def gather(_place, _timeout_s, start_s, _lost_after_s):
+        asked.append(start_s)
+        raise InterruptedError
+
+    monkeypatch.setattr(launch, "_gather", gather)
+    with (
+        pytest.raises(InterruptedError),
+        launch.join(Layout(dp=2), place=Place(0, 2, warm=warm), timeout_s=120, start_s=600),
+    ):
+        pass
+    assert asked == [patience]
+
+
 def test_a_rank_that_does_not_come_is_named_in_one_line():
     processes = start(3, "once", absent=[1], TIMEOUT=4)
     text = "".join(error for _, error in end(processes, within=60))
@@ -186,6 +205,8 @@ def test_finds_the_place_in_every_launchers_environment():
     with pytest.raises(UserError, match="MASTER_ADDR is not set"):
         find(mpi)
     there = {"MASTER_ADDR": "n1", "MASTER_PORT": "7"}
+    agent = torchrun | {"TOZAN_AGENT": '{"generation": 4, "warm": true}'}
+    assert find(agent) == Place(3, 8, 1, 2, "a", 29500, "agent", True, generation=4, restarts=True, warm=True)
     assert find(mpi | there) == Place(5, 8, 1, 4, "n1", 7, "mpirun")
     fugaku = {"PJM_JOBID": "9", "PJM_NODE": "2", "PJM_MPI_PROC": "8", "PMIX_RANK": "6", "PLE_RANK_ON_NODE": "2"}
     assert find(fugaku | there) == Place(6, 8, 2, 4, "n1", 7, "pjm")

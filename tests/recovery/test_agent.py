@@ -15,8 +15,10 @@ import pytest
 from tozan import checkpoint
 from tozan.config import load
 from tozan.errors import EXIT_AGAIN
+from tozan.recovery import agent as agents
 from tozan.recovery.agent import Agent, Policy
-from tozan.recovery.elastic import fitting
+from tozan.recovery.elastic import Shape, fitting
+from tozan.recovery.node import Event
 from tozan.train import train
 
 
@@ -91,3 +93,52 @@ def test_a_mistake_of_the_user_is_not_tried_again(configure):
     assert status == 2
     assert [event["event"] for event in events] == ["lost"]
     assert "nowhere" in path.with_suffix(".log").read_text()
+
+
+class Ranks:
+    """A crew of two ranks that are killed at once, in generations that get as far as they are told.
+
+    Args:
+        script: of each generation: the step whose copies it finds (None: none), and the first and last that it begins.
+    """
+
+    def __init__(self, script):
+        self.script, self.ranks, self.told = list(script), 2, []
+
+    def newest(self, _ranks):
+        return self.script[0][0]
+
+    def begun(self, places):
+        return dict.fromkeys(places, self.script[0][2:0:-1])
+
+    def places(self, ranks, _newest):
+        return dict.fromkeys(range(ranks), self)
+
+    def start(self, rank, _words, _variables, told):
+        if rank == 0:
+            self.told.append(told)
+
+    def poll(self, _seconds):
+        return [Event("ended", rank, -signal.SIGKILL) for rank in range(2)]
+
+    def revive(self):
+        self.script.pop(0)
+
+    def variables(self, _rank, _places):
+        return {}
+
+    def nothing(self, *_):
+        return None
+
+    keep = signal = link = arrivals = wait_for_return = nothing
+
+
+def test_only_ranks_that_have_taken_a_step_and_read_no_files_are_waited_for_less_long(monkeypatch):
+    # The fourth dies in its first step, as if that had been slower than patience; the fifth has all of it again.
+    script = [(None, 1, 3), (2, 3, 5), (None, 4, 6), (6, 7, 7), (6, 7, 9), (8, 0, 0)]
+    crew = Ranks(script)
+    monkeypatch.setattr(agents, "Node", lambda _output: None)
+    monkeypatch.setattr(agents, "Crew", lambda _node, _ranks: crew)
+    agent = Agent(["train"], lambda ranks: Shape(2) if ranks == 2 else None, 2, Policy(restarts=1))
+    assert agent.run() == 1
+    assert [told["warm"] for told in crew.told] == [False, True, False, True, False, True]

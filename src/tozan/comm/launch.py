@@ -55,7 +55,7 @@ def join(
         place: this process; found in the environment by default.
         timeout_s: how long a collective may take before the run counts as hanging.
         start_s: how long ranks wait for one another here, and in collectives until `Monitor.settle`; `timeout_s` if
-            that is more.
+            that is more, or if they have started before (`Place.warm`).
         lost_after_s: seconds without a sign of life after which a rank counts as lost.
         threads: computing threads; 0 takes every core that this rank is bound to.
         debug: compare every operation across ranks before it starts.
@@ -71,7 +71,7 @@ def join(
     if place.world_size == 1:
         yield Mesh.create(layout)
         return
-    start_s = max(start_s, timeout_s)
+    start_s = timeout_s if place.warm else max(start_s, timeout_s)
     place, store, _group, monitor, speaker, everyone = _gather(place, timeout_s, start_s, lost_after_s)
     bound = _bind(place, everyone, threads)
     if place.local_rank == 0 or place.local_size <= 8:

@@ -39,6 +39,7 @@ class Place:
         hosted: the launcher itself answers at `master:port` (torchrun's agent does, and tozan's).
         generation: how often tozan's agent has started the ranks; 0 without it.
         restarts: the launcher starts all ranks again when one is lost.
+        warm: the same ranks have taken steps before and continue from memory: none starts much more slowly than others.
     """
 
     rank: int = 0
@@ -51,6 +52,7 @@ class Place:
     hosted: bool = False
     generation: int = 0
     restarts: bool = False
+    warm: bool = False
 
 
 def find(environment: Mapping[str, str] | None = None) -> Place:
@@ -65,7 +67,8 @@ def find(environment: Mapping[str, str] | None = None) -> Place:
     e = os.environ if environment is None else environment
     if "TOZAN_AGENT" in e:
         found = _place(e, "agent", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), True)
-        return replace(found, generation=int(json.loads(e["TOZAN_AGENT"])["generation"]), restarts=True)
+        told = json.loads(e["TOZAN_AGENT"])
+        return replace(found, generation=int(told["generation"]), restarts=True, warm=bool(told["warm"]))
     if "RANK" in e and "WORLD_SIZE" in e:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in e else "none"
         hosted = e.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

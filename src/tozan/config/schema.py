@@ -106,7 +106,9 @@ class Layout(Table):
     """Seconds that a process may wait for others before the run is ended with a message that names who was late."""
     start_timeout: Annotated[int, Field(ge=5, le=86_400)] = 600
     """The same until all have come and taken their first step: some may import, read or compile minutes longer than
-    others. Not less than `timeout`."""
+    others. Not less than `timeout`. After a loss an agent's processes, which continue from memory and have nothing to
+    read or to compile, have `timeout` only; any other restart (from a checkpoint, in another layout, by torchrun or a
+    batch system) reads files and may be on other machines, and has all of this again."""
     debug: bool = False
     """Compare number, operation, name, shape and type across processes before each collective, at the price of a
     message each: finds swapped operations, which otherwise give wrong numbers and no error."""

@@ -113,6 +113,8 @@ class Agent:
         self._shape: Shape | None = None
         self._fruitless, self._counted, self._blamed, self._limit = 0, -1, set[int](), sys.maxsize
         self._lost_at, self._forget, self._growing = 0.0, False, False
+        self._stepped = False
+        """Whether every rank of the generation before has taken a step."""
 
     def run(self) -> int:
         """Run to the end.
@@ -169,6 +171,9 @@ class Agent:
         generation = Generation(number, self.crew.places(shape.ranks, newest), newest)
         told = {"generation": number, "resume": newest, "copies": self.policy.copies, "leave": leave}
         told["compiler"] = self.policy.compiler
+        # Nothing is read from disks then, and kernels are in the caches. If that was too little patience, no step is
+        # taken, and the next generation has all of it.
+        told["warm"] = newest is not None and self._stepped and not leave
         told["neighbour"] = self.policy.neighbour if self.crew.link() else 0
         for rank, member in generation.places.items():
             variables = self._environment | self.crew.variables(rank, generation.places)
@@ -176,6 +181,7 @@ class Agent:
         if self._asked is not None:
             self.ask_to_stop(self._asked)
         self._watch(generation)
+        self._stepped = all(last > first > 0 for last, first in self.crew.begun(generation.places).values())
         return generation
 
     def _watch(self, generation: Generation) -> None:
