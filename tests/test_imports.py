@@ -23,7 +23,7 @@ ALLOWED = {
     "wire": set(),
     "amounts": set(),
     "cpuinfo": set(),
-    "config": {"models.arithmetic"},
+    "config": {"models.arithmetic", "cpuinfo"},
     "ops": {"cpuinfo"},
     "models": {"ops"},
     "comm": {"layout", "files", "wire", "cpuinfo"},

@@ -1,7 +1,5 @@
 """Calibration: what it writes is a machine that the planner reads, with numbers that can be."""
 
-import os
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 from tozan.bench.calibrate import _half_length, calibrate
 from tozan.bench.units import fit
 from tozan.config.schema import Config
+from tozan.cpuinfo import cores
 from tozan.planner import predict
 from tozan.planner.machine import load
 
@@ -19,7 +18,7 @@ def test_this_machine_can_be_measured(tmp_path):
     assert machine.device.peak["fp32"] > 1e6
     assert 0 < found.efficiency <= 1
     assert found.bandwidth > 1e6
-    assert machine.cores == len(os.sched_getaffinity(0))
+    assert machine.cores == cores()
     assert machine.trainer[0].threads == machine.cores
     assert machine.trainer[0].optimizer[0] > 0
     assert {(one.operation, one.ranks) for one in machine.collectives} == {

@@ -16,6 +16,7 @@ from tozan.bench import backends, hardware
 from tozan.bench.problems import Measured, find
 from tozan.bench.result import Result
 from tozan.cli import main
+from tozan.cpuinfo import cores
 
 WELL = Measured(
     {("bf16", 1): 1e12, ("bf16", 8): 8e12, ("fp32", 1): 2e11, ("fp32", 8): 1.4e12},
@@ -40,10 +41,10 @@ def root(tmp_path):
         "proc/sys/kernel/hostname": "made\n",
         "proc/sys/kernel/numa_balancing": "1\n",
         "etc/hosts": "127.0.0.1 localhost\n10.0.0.7 made\n",
-        "sys/devices/system/cpu/online": "0-7\n",
-        "sys/devices/system/cpu/cpu0/topology/thread_siblings_list": "0,4\n",
-        "sys/devices/system/node/node0/cpulist": "0-3\n",
-        "sys/devices/system/node/node1/cpulist": "4-7\n",
+        "sys/devices/system/cpu/online": "0-15\n",
+        "sys/devices/system/cpu/cpu0/topology/thread_siblings_list": "0,8\n",
+        "sys/devices/system/node/node0/cpulist": "0-3,8-11\n",
+        "sys/devices/system/node/node1/cpulist": "4-7,12-15\n",
         "sys/devices/system/node/node0/meminfo": "Node 0 MemTotal:       32000000 kB\n",
         "sys/devices/system/node/node0/distance": "10 21\n",
         "sys/kernel/mm/transparent_hugepage/enabled": "[always] madvise never\n",
@@ -73,15 +74,16 @@ def write(root, name, text):
 def look(root, **changes):
     """The machine under `root`, with what does not come from files as on a healthy one."""
     found = hardware.read(root, changes.pop("environment", {}))
-    healthy = {"affinity": 8, "shared_memory": 8 << 30, "limits": {"nofile": 65536}}
+    healthy = {"affinity": 16, "cores": 8, "shared_memory": 8 << 30, "limits": {"nofile": 65536}}
     return replace(found, **healthy | changes)
 
 
 def test_a_machine_is_read_from_its_files(root):
     found = look(root, environment={"OMP_NUM_THREADS": "3", "HOME": "x"})
-    assert (found.processor, found.online, found.threads_per_core) == ("Made Xeon", 8, 2)
+    assert (found.processor, found.online, found.threads_per_core) == ("Made Xeon", 16, 2)
+    assert found.machine_cores == 8
     assert found.units == ("AMX bf16", "AVX-512", "AVX-512 bf16", "AVX2")
-    assert found.domain_cores == {0: (0, 1, 2, 3), 1: (4, 5, 6, 7)}
+    assert found.domain_cores == {0: (0, 1, 2, 3, 8, 9, 10, 11), 1: (4, 5, 6, 7, 12, 13, 14, 15)}
     assert found.domains[0] == 32_000_000 * 1024
     assert found.distance == 2.1
     assert found.numa_balancing
@@ -119,9 +121,9 @@ NETWORK = hardware.Interface("eth0", True, ("10.0.0.7",), 1e9, 1500)
 PROBLEMS = {
     # name: (files, changes of the machine, changes of what was measured, a part of the cost, a part of the cure)
     "threads": ({}, {"environment": {"OMP_NUM_THREADS": "1"}}, {"threads": 1}, "8.00×", "unset OMP_NUM_THREADS"),
-    "affinity": ({}, {"affinity": 1}, {"threads": 1, "all_cores": 1.4e13}, "10.00×", "taskset -c 0-7 torchrun"),
+    "affinity": ({}, {"cores": 1}, {"threads": 1, "all_cores": 1.4e13}, "10.00×", "taskset -c 0-15 torchrun"),
     "quota": ({"sys/fs/cgroup/cpu.max": "200000 100000"}, {}, {}, "75%", "--train.threads=2"),
-    "load": ({"proc/loadavg": "16.0 9 9 1/1 1"}, {}, {}, "1/3.0", "top"),
+    "load": ({"proc/loadavg": "16.0 9 9 1/1 1"}, {}, {}, "1/2.0", "top"),
     "allocator": ({}, {}, {"kept": False}, "50 ms", "LD_PRELOAD=libtcmalloc"),
     "huge pages": (
         {"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]"},
@@ -167,6 +169,18 @@ def test_an_injected_problem_is_found_with_cost_and_cure(root, name):
     assert {one.name for one in found} == {name}, "and no other"
 
 
+def test_hardware_threads_are_no_cores(root):
+    every = {"threads": 16, "launcher": "torchrun"}
+    slower = {("bf16", 8): 8e12, ("bf16", 16): 5e12}
+    found = look(root, environment={"OMP_NUM_THREADS": "16"})
+    [trouble] = find(found, replace(WELL, gemm=slower, **every))
+    assert "OMP_NUM_THREADS=16 lets programs compute with 16 threads on 8 cores" in trouble.what
+    assert "1.60× faster with 8" in trouble.cost
+    assert find(found, replace(WELL, gemm={("bf16", 8): 8e12, ("bf16", 16): 8e12}, **every)) == []
+    one_of_each_core = look(root, affinity=8, cores=8)  # as srun --hint=nomultithread leaves it
+    assert find(one_of_each_core, replace(WELL, launcher="slurm")) == []
+
+
 def test_the_dearest_problem_comes_first(root):
     write(root, "sys/fs/cgroup/cpu.max", "100000 100000")
     found = find(look(root), replace(WELL, launcher="none"))
@@ -175,7 +189,7 @@ def test_the_dearest_problem_comes_first(root):
 
 def test_a_process_that_was_started_wrongly(tmp_path):
     """One core of two, one thread, by the real doctor: found, measured, and every part of the answer is there."""
-    if os.cpu_count() < 2:
+    if cores() < 2:
         pytest.skip("needs two cores")
     program = "import os, sys; os.sched_setaffinity(0, [0]); from tozan.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

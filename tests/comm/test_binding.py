@@ -1,7 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tozan.comm.binding import core_of, count_cores, decide, numa_domains, parse, ranges
+from tozan.comm.binding import decide, numa_domains, ranges
+from tozan.cpuinfo import core_of, count_cores, parse
 
 TWO_DOMAINS = {core: core // 4 for core in range(8)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def test_no_file_takes_flags_or_a_mapping() -> None:
 )
 def test_warnings_do_not_stop(file: Path, flags: list[str], warned: str) -> None:
     assert any(warned in warning.what for warning in load(file, flags).warnings)
+
+
+def test_hardware_threads_are_no_cores(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = importlib.import_module("tozan.config.check")  # the package's own `check` is a function
+    monkeypatch.setattr(check, "cores", lambda: 4)
+    monkeypatch.setattr(check, "hardware_threads", lambda: 8)
+    [warning] = load(file, ["--train.threads=8"]).warnings
+    assert "train.threads 8 is more than the 4 cores (8 hardware threads, which share" in warning.what
+    assert "threads = 4" in warning.fix
+    assert not load(file, ["--train.threads=4"]).warnings
 
 
 def strategy(spec: Field) -> st.SearchStrategy[Any]:

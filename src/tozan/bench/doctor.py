@@ -50,7 +50,7 @@ def run(seconds: float = 0.15) -> Result:
     rates = {
         name: measure.peak(name, rate, threads)
         for (name, threads), rate in measured.gemm.items()
-        if threads == seen.affinity
+        if threads == seen.cores
     }
     facts = {"hardware": asdict(seen), "launcher": where, "process": _process(measured)}
     return measure.made(
@@ -81,14 +81,14 @@ def _compute(seen: Hardware, seconds: float) -> tuple[list[Row], Measured]:
         rows.append(Row.of(f"first touch of 64 MiB, {name}", "s", pages[name]))
     gemm: dict[tuple[str, int], float] = {}
     for name in PRECISIONS:
-        for count in sorted({1, threads, seen.affinity}):
+        for count in sorted({1, threads, seen.cores}):
             with measure.threads(count):
                 rates = [measure.peaks([name], seconds)[name].measured for _ in range(3)]
             gemm[name, count] = median(rates)
             rows.append(
                 Row.of(f"matrix product {name} {count} threads", "FLOP/s", rates, precision=name, threads=count)
             )
-    with measure.threads(seen.affinity):
+    with measure.threads(seen.cores):
         rows.append(Row.of("memory copy", "bytes/s", measure.copy_rates(seconds)))
     clock = [took / 1000 for took in measure.times(_thousand_stamps, 0.0)]
     rows.append(Row.of("time stamp", "s", clock))
@@ -131,16 +131,16 @@ def _thousand_stamps() -> None:
 
 def _all_cores(seen: Hardware, seconds: float) -> float | None:
     """FLOP/s in fp32 on every core of the machine, if this process is kept from some and may leave them."""
-    if seen.affinity >= seen.online:
+    if seen.cores >= seen.machine_cores:
         return None
     # In a process of its own, since PyTorch's threads here were bound when they started.
-    found: float | None = spawn(1, _fp32_rate, seen.online, seconds)
+    found: float | None = spawn(1, _fp32_rate, seen.online, seen.machine_cores, seconds)
     return found
 
 
-def _fp32_rate(_rank: int, _ranks: int, _folder: Path, cores: int, seconds: float) -> float | None:
+def _fp32_rate(_rank: int, _ranks: int, _folder: Path, online: int, cores: int, seconds: float) -> float | None:
     try:
-        os.sched_setaffinity(0, range(cores))
+        os.sched_setaffinity(0, range(online))
     except OSError:
         return None
     with measure.threads(cores):

@@ -46,7 +46,10 @@ def _machine(m: Mapping[str, Any], result: Result) -> Iterable[tuple[str, str]]:
     virtual = " (virtual machine)" if m["hypervisor"] else ""
     quota = f", time of {m['quota']:.3g}" if m["quota"] else ""
     yield "processor", f"{m['processor']}{virtual}"
-    yield "cores", f"{m['online']} online, {m['affinity']} for this process{quota}; {m['threads_per_core']} per core"
+    threads = (
+        f"hardware threads: {m['online']} online, {m['affinity']} for this process, {m['threads_per_core']} per core"
+    )
+    yield "cores", f"{m['cores']} for this process{quota}; {threads}"
     yield "units", ", ".join(m["units"]) or "none known: plain vector code"
     sizes = (f"{domain}: {binary(size)}" for domain, size in m["domains"].items())
     balancing = "; the kernel moves pages between them" if m["numa_balancing"] else ""

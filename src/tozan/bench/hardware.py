@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tozan.comm.binding import numa_domains, parse
-from tozan.comm.processor import hardware_threads, siblings
+from tozan.comm.binding import numa_domains
 from tozan.comm.processor import name as processor_name
-from tozan.cpuinfo import cpuinfo, flags
+from tozan.comm.processor import siblings
+from tozan.cpuinfo import cores, cpuinfo, flags, hardware_threads, parse
 
 UNITS = {
     "amx_bf16": "AMX bf16",
@@ -72,6 +72,7 @@ class Hardware:
         processor: model name.
         online: hardware threads of the machine.
         affinity: those that this process may run on.
+        cores: cores that those are of: what computing counts.
         threads_per_core: hardware threads of a physical core.
         quota: cores' worth of time that the container may use; None without a limit.
         units: matrix and vector units, by the names of `UNITS`.
@@ -100,6 +101,7 @@ class Hardware:
     processor: str
     online: int
     affinity: int
+    cores: int
     threads_per_core: int
     quota: float | None
     units: tuple[str, ...]
@@ -124,6 +126,11 @@ class Hardware:
     own_name_is_loopback: bool = False
     hypervisor: bool = False
 
+    @property
+    def machine_cores(self) -> int:
+        """Cores of the machine, whoever may use them."""
+        return max(1, self.online // self.threads_per_core)
+
 
 def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -> Hardware:
     """Look at the machine.
@@ -136,7 +143,7 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
     cpu, memory = cpuinfo(root), _meminfo(root)
     units = flags(cpu)
     domain_of = numa_domains(root / "sys/devices/system/node")
-    cores = {
+    domain_cores = {
         domain: tuple(c for c, d in domain_of.items() if d == domain) for domain in sorted(set(domain_of.values()))
     }
     online = len(parse(_text(root / "sys/devices/system/cpu/online"))) or os.cpu_count() or 1
@@ -145,11 +152,12 @@ def read(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -
         processor=processor_name(cpu),
         online=online,
         affinity=hardware_threads(),
+        cores=cores(root),
         threads_per_core=siblings(root),
         quota=_quota(root),
         units=tuple(name for flag, name in UNITS.items() if flag in units),
-        domains={domain: _domain_memory(root, domain) for domain in cores},
-        domain_cores=cores,
+        domains={domain: _domain_memory(root, domain) for domain in domain_cores},
+        domain_cores=domain_cores,
         distance=_distance(root),
         numa_balancing=_text(root / "proc/sys/kernel/numa_balancing") not in ("", "0"),
         memory=memory.get("MemTotal", 0),

@@ -74,16 +74,18 @@ def find(machine: Hardware, measured: Measured) -> list[Trouble]:
 
 
 def _threads(machine: Hardware, measured: Measured) -> Iterator[Trouble]:
-    cores, now = machine.affinity, measured.threads
-    if now >= cores or (machine.threads_per_core * now >= cores > 1 and "OMP_NUM_THREADS" not in machine.variables):
-        return  # PyTorch takes one thread of each core by itself
+    cores, now = machine.cores, measured.threads
     factor = _ratio(measured, cores, now)
+    if now == cores or (now > cores and factor < 1.02):
+        return
     given = machine.variables.get("OMP_NUM_THREADS")
     why = f"OMP_NUM_THREADS={given}" if given else "PyTorch"
+    how = f"{now} threads on {cores}" if now > cores else f"{now} of {cores}"
     yield Trouble(
         "threads",
-        f"{why} lets programs compute with {now} of {cores} cores (`tozan train` takes all of its own, others do not)",
-        f"matrix products are {factor:.2f}× faster with {cores} threads",
+        f"{why} lets programs compute with {how} core{'s' if cores > 1 else ''} (`tozan train` starts a thread on each "
+        "of its own, others do not)",
+        f"matrix products are {factor:.2f}× faster with {cores}",
         HERE,
         "unset OMP_NUM_THREADS" if given else f"export OMP_NUM_THREADS={cores}",
         factor,
@@ -91,7 +93,7 @@ def _threads(machine: Hardware, measured: Measured) -> Iterator[Trouble]:
 
 
 def _affinity(machine: Hardware, measured: Measured) -> Iterator[Trouble]:
-    if machine.affinity >= machine.online:
+    if machine.cores >= machine.machine_cores:
         return
     fixes = {
         "mpirun": "mpirun --bind-to none … (tozan launch does it)",
@@ -102,10 +104,10 @@ def _affinity(machine: Hardware, measured: Measured) -> Iterator[Trouble]:
     if measured.all_cores and before:
         factor, source = measured.all_cores / before, HERE
     else:
-        factor, source = machine.online / machine.affinity, "cores of the machine over cores of this process"
+        factor, source = machine.machine_cores / machine.cores, "cores of the machine over cores of this process"
     yield Trouble(
         "affinity",
-        f"this process may run on {machine.affinity} of {machine.online} cores",
+        f"this process may run on {machine.cores} of {machine.machine_cores} cores",
         f"matrix products would be {factor:.2f}× faster on all of them",
         source,
         fixes.get(measured.launcher, f"taskset -cp 0-{machine.online - 1} $$"),
@@ -114,15 +116,15 @@ def _affinity(machine: Hardware, measured: Measured) -> Iterator[Trouble]:
 
 
 def _quota(machine: Hardware, _: Measured) -> Iterator[Trouble]:
-    if machine.quota is None or machine.quota >= machine.affinity:
+    if machine.quota is None or machine.quota >= machine.cores:
         return
-    factor = machine.affinity / machine.quota
+    factor = machine.cores / machine.quota
     yield Trouble(
         "quota",
-        f"the container gets the time of {machine.quota:.3g} cores, but shows {machine.affinity}",
+        f"the container gets the time of {machine.quota:.3g} cores, but shows {machine.cores}",
         f"threads stand still {percent(1 - 1 / factor)} of the time, all at once",
         "cores that are shown over cores that are given (cgroup)",
-        f"--train.threads={max(1, int(machine.quota))}, or ask for more (docker run --cpus={machine.affinity})",
+        f"--train.threads={max(1, int(machine.quota))}, or ask for more (docker run --cpus={machine.cores})",
         factor,
     )
 

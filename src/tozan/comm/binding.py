@@ -11,10 +11,11 @@ tiles), and are often numbered far apart: they are kept together, and a rank com
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tozan.cpuinfo import parse
 from tozan.layout import split
 
 
@@ -81,29 +82,6 @@ def numa_domains(root: Path = Path("/sys/devices/system/node")) -> dict[int, int
         for core in parse(folder.joinpath("cpulist").read_text()):
             found[core] = int(folder.name.removeprefix("node"))
     return found
-
-
-def core_of(root: Path = Path("/sys/devices/system/cpu")) -> dict[int, int]:
-    """The core of every hardware thread, by its first thread's number; empty where the kernel does not tell."""
-    found = {}
-    for path in root.glob("cpu[0-9]*/topology/thread_siblings_list"):
-        siblings = parse(path.read_text())
-        found.update(dict.fromkeys(siblings, min(siblings)))
-    return found
-
-
-def count_cores(threads: Iterable[int], core_of: Mapping[int, int]) -> int:
-    """How many cores some hardware threads are of."""
-    return len({core_of.get(thread, thread) for thread in threads})
-
-
-def parse(text: str) -> list[int]:
-    """Numbers of a kernel list: `0-3,8` → 0, 1, 2, 3, 8."""
-    cores: list[int] = []
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        cores += range(int(first), int(last or first) + 1)
-    return cores
 
 
 def ranges(cores: Sequence[int]) -> str:

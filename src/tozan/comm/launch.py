@@ -33,6 +33,7 @@ from tozan.comm.place import Place, address_towards, called_loopback, check, fin
 from tozan.comm.speaker import Speaker
 from tozan.comm.texts import all_gather_texts
 from tozan.comm.witness import Witness, space
+from tozan.cpuinfo import core_of, count_cores, parse
 from tozan.errors import EXIT_LOST, Problem, UserError
 from tozan.layout import Layout
 
@@ -276,8 +277,8 @@ def _bind(place: Place, everyone: list[_Rank], threads: int) -> str:
     if not everyone[place.rank].cores:
         return "not bound (this system cannot)"
     host = everyone[place.rank].host
-    neighbours = sorted((it.local_rank, binding.parse(it.cores)) for it in everyone if it.host == host)
-    whole = binding.core_of()
+    neighbours = sorted((it.local_rank, parse(it.cores)) for it in everyone if it.host == host)
+    whole = core_of()
     chosen = binding.decide(
         [local for local, _ in neighbours].index(place.local_rank),
         [cores for _, cores in neighbours],
@@ -285,7 +286,7 @@ def _bind(place: Place, everyone: list[_Rank], threads: int) -> str:
         whole,
     )
     binding.bind(chosen)
-    torch.set_num_threads(threads or binding.count_cores(chosen.cores, whole))
+    torch.set_num_threads(threads or count_cores(chosen.cores, whole))
     return f"{chosen}, {torch.get_num_threads()} threads"
 
 

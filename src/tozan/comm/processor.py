@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tozan.comm.binding import core_of, count_cores, parse
+from tozan.cpuinfo import cores as cores  # rooms above find both here, too
 from tozan.cpuinfo import cpuinfo as cpuinfo
-from tozan.cpuinfo import flags
+from tozan.cpuinfo import flags, parse
 
 ZEN = {  # (family, first model, last model): name, 512-bit or 256-bit multiply-adds a cycle, each as bits in all
     (23, 0x00, 0x2F): ("Zen", 256),
@@ -136,18 +136,6 @@ def name(cpu: Mapping[str, str]) -> str:
     arm = ARM.get((cpu.get("CPU implementer", ""), cpu.get("CPU part", "")))
     part = f"{platform.machine()}, part {cpu['CPU part']}" if "CPU part" in cpu else ""
     return (arm[0] if arm else cpu.get("model name")) or part or platform.processor() or platform.machine()
-
-
-def hardware_threads() -> int:
-    """Processors that this process may use, as Linux counts; all of the machine's where the system cannot say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use. Hardware threads of one core share its multipliers, so they count once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    return count_cores(os.sched_getaffinity(0), core_of(root / "sys/devices/system/cpu"))
 
 
 def peak_memory() -> int:

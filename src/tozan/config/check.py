@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tozan.config.batch import neighbours
 from tozan.config.schema import Config
+from tozan.cpuinfo import cores, hardware_threads
 from tozan.errors import Problem
 from tozan.models import arithmetic
 
@@ -333,12 +334,15 @@ def fp16_is_slow(config: Config) -> Iterator[Finding]:
 
 @_rule("train.threads", warning=True)
 def threads_have_cores(config: Config) -> Iterator[Finding]:
-    """More threads than cores take turns."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if config.train.threads > cores:
+    """More threads than cores take turns at the cores' multipliers, also where each has a hardware thread."""
+    threads, here = config.train.threads, cores()
+    if threads > here:
+        has = f"{here} core{'s' if here > 1 else ''}"
+        if (shown := hardware_threads()) > here:
+            has += f" ({shown} hardware threads, which share their cores' multipliers)"
         yield (
-            f"train.threads {config.train.threads} is more than the {cores} cores this process may use here",
-            f"write threads = {cores}, or 0 for all cores",
+            f"train.threads {threads} is more than the {has} that this process may use here",
+            f"write threads = {here}, or 0 for all cores",
         )
 
 

@@ -20,7 +20,8 @@ def summary(result: Result) -> str:
     if not m:
         return problems
     units = ", ".join(m["units"]) or "no matrix or vector unit that is known here"
-    return f"{m['processor']}, {m['affinity']} of {m['online']} cores for this process, with {units}. {problems}"
+    cores = m.get("cores", m["affinity"])  # files of before counted hardware threads
+    return f"{m['processor']}, {cores} core{'s' if cores > 1 else ''} for this process, with {units}. {problems}"
 
 
 def advice(result: Result) -> list[str]:
