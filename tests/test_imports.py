@@ -32,7 +32,7 @@ ALLOWED = {
     "data": {"files"},
     "checkpoint": {"models", "files", "layout"},
     "recovery": {"files", "config", "comm.place", "planner"},
-    "planner": {"models.arithmetic", "models", "schedules", "layout", "config", "files", "wire"},
+    "planner": {"models.arithmetic", "models", "schedules", "layout", "config", "files", "wire", "amounts"},
     "report": {"amounts", "models.arithmetic", "planner", "config", "files", "bench.result", "schedules", "layout"},
     "train": {
         *("parallel", "checkpoint", "optim", "data", "models", "ops", "comm", "planner", "config", "layout"),

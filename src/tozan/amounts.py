@@ -27,3 +27,25 @@ def scaled(value: float, unit: str = "", digits: int = 3) -> str:
 def percent(share: float) -> str:
     """A share in three digits at most: `0.344` is `34.4%`."""
     return f"{100 * share:.3g}%" if math.isfinite(share) else UNKNOWN
+
+
+def duration(seconds: float) -> str:
+    """A span of time in its two largest units: `3 min 20 s`, `2 h 05 min`, `4 d 3 h`."""
+    if not math.isfinite(seconds):
+        return "—"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def seconds(value: float) -> str:
+    """A short time in the unit that suits it."""
+    if 0 < value < 1e-3:
+        return f"{1e6 * value:.3g} µs"
+    return duration(value) if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"

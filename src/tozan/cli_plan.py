@@ -41,7 +41,11 @@ def plan() -> None:
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Without it, the machine's best.")
 @click.option("--stack", default="tozan", show_default=True, help="The trainer to price, such as megatron-core.")
 @click.option("--deadline", type=float, help="Days; without --nodes, finds the fewest that meet it.")
-@click.option("--budget", type=float, help="Money; without --nodes, finds those that finish soonest in it.")
+@click.option(
+    "--budget",
+    type=float,
+    help="In the machine's currency; without --nodes, finds the soonest end in it.",
+)
 @click.option("--sweep", type=click.Choice(["strong", "weak", "both"]), help="Also price fewer nodes.")
 @click.option("--html", type=FOLDER, help="File for the page that tozan report draws of a plan.")
 @click.option("--out", type=FOLDER, help="Folder for plan.json (for tozan report), plan.toml and launch.sh.")

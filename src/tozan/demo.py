@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.text import Text
 
 from tozan import config, data, report, train
-from tozan.amounts import percent, scaled
+from tozan.amounts import duration, percent, scaled
 from tozan.data import Manifest, Tokenizer
 from tozan.errors import Problem, UserError
 from tozan.files import replace
 from tozan.models.generate import generate
 from tozan.report.live import Live
-from tozan.report.words import duration
 from tozan.train import machine
 from tozan.train.metrics import Clock
 from tozan.train.step import train_step

@@ -206,7 +206,11 @@ def planned_layout(number: int, pp: int, dp: int, tp: int) -> dict:
         "flops_per_second": 96 * 6.4e11 / 1.08**number,
         "peak_share": 0.104 / 1.08**number,
         "energy": 210.0,
-        "cost": None,
+        "cost": 96 * seconds * 6 * 24 * 150,
+        "overhead": 0.000123,
+        "failure_days": 43.0,
+        "checkpoint_seconds": 1.6,
+        "checkpoint_minutes": 57.0,
     }
 
 
@@ -233,6 +237,8 @@ def make_plan(folder: Path) -> Path:
         "machine": "Example torus",
         "notes": ["The runner-up loses 1.7 s a step."],
         "nodes": 96,
+        "currency": "JPY",
+        "price_per_device_hour": 150.0,
         "tokens": 2.6e11,
         "layouts": [planned_layout(number, *size) for number, size in enumerate(sizes)],
         "pipeline": {"schedule": "1f1b", "stages": 4, "microbatches": 12, "chunks": 1, "timeline": actions},

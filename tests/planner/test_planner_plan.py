@@ -21,9 +21,9 @@ from tozan.errors import UserError
 from tozan.planner import costs, plan, show, stacks
 from tozan.planner.export import torus
 from tozan.planner.layer import Job
+from tozan.planner.losses import losses
 from tozan.planner.machine import load, names
 from tozan.planner.memory import memory
-from tozan.planner.plan import failures
 from tozan.planner.published import gpt
 from tozan.planner.search import Options, enumerate_layouts, search
 from tozan.schedules import create
@@ -210,10 +210,25 @@ def test_a_pipeline_is_drawn_from_the_trainers_schedule():
 def test_failures_follow_daly():
     machine = load("fugaku-2.0")
     shape = gpt(12288, 96, 96, 2048)
-    _, small = failures(machine, shape, 1000)
-    share, large = failures(machine, shape, 100_000)
-    assert large < small
-    assert 0 < share < 1
+    small, large = losses(machine, shape, 1000), losses(machine, shape, 100_000)
+    assert large.interval < small.interval
+    assert 0 < small.share < large.share < 1
+
+
+def test_what_failures_and_money_are_is_said():
+    found = plan("gpt2-124m", "xeon-amx", 4, 1e9)
+    said = " ".join(found.text.split())
+    lost, economy = found.choices[0].losses, found.machine.economy
+    # Nodes that fail once in 100,000 hours each; 12 bytes a parameter at 1 GB/s from each of four.
+    assert lost.between == 25_000 * 3600
+    assert lost.write == pytest.approx(12 * 124_475_904 / 4e9)
+    assert f"Days include {100 * lost.share:.3g}% for failures" in said
+    assert "one of the nodes fails every 1041 d 16 h, a checkpoint every 2 h 16 min takes 373 ms" in said
+    assert "USD: 1.6 for a device and hour." in said
+    data = found.data()
+    assert (data["currency"], data["price_per_device_hour"]) == (economy.currency, economy.price)
+    hours = 24 * data["layouts"][0]["days"]
+    assert data["layouts"][0]["cost"] == pytest.approx(economy.price * data["layouts"][0]["devices"] * hours)
 
 
 def test_all_mistakes_at_once():

@@ -1,24 +1,6 @@
-import math
-
 import pytest
 
 from tozan.report import history, words
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (3.21, "3.2 s"),
-        (9.97, "10 s"),
-        (59.6, "1 min 00 s"),
-        (200, "3 min 20 s"),
-        (7500, "2 h 05 min"),
-        (270_000, "3 d 3 h"),
-        (math.nan, "—"),
-    ],
-)
-def test_duration(seconds, text):
-    assert words.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ DRAWN = 4096
 
 
 def data(plan: Plan, job: Job) -> dict[str, Any]:
-    """The whole plan as what JSON can hold; units are SI, days for whole runs, MWh for energy."""
+    """The whole plan as what JSON can hold; units are SI, days for whole runs, MWh for energy, `currency` for cost."""
     machine = plan.machine
     return {
         "format": "tozan plan",
@@ -43,6 +43,7 @@ def data(plan: Plan, job: Job) -> dict[str, Any]:
         "tried": plan.tried,
         "elapsed": plan.elapsed,
         "currency": machine.economy.currency,
+        "price_per_device_hour": machine.economy.price,
         "layouts": [_layout(plan, choice) for choice in plan.choices],
         "blocks": plan.blocks,
         "pipeline": _pipeline(plan, job),
@@ -73,8 +74,10 @@ def _layout(plan: Plan, choice: Choice) -> dict[str, Any]:
         "flops_per_device": choice.flops,
         "peak_share": choice.peak_share,
         "days": choice.days,
-        "overhead": choice.overhead,
-        "checkpoint_minutes": choice.checkpoint_minutes,
+        "overhead": choice.losses.share,
+        "checkpoint_minutes": choice.losses.interval / 60,
+        "checkpoint_seconds": choice.losses.write,
+        "failure_days": choice.losses.between / 86_400,
         "energy": choice.megawatt_hours,
         "cost": choice.cost,
     }

@@ -157,9 +157,9 @@ class Economy(_Table):
     overhead: Above = 1.1
     """Power usage effectiveness of the site."""
     price: float | None = None
-    """Money for one device-hour."""
+    """Money for one device and hour, in `currency`; without it plans have no cost."""
     currency: str = "USD"
-    """Which money."""
+    """The money of `price`, and of every cost and budget of a plan on this machine."""
     node_mtbf_hours: Above = 50_000.0
     """Mean hours between failures of one node."""
     storage_bandwidth: Above = 1e9

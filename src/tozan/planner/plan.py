@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf, sqrt
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tozan.planner import costs, export, show, stacks
 from tozan.planner.candidates import OFFLOAD, RECOMPUTE, Candidates
 from tozan.planner.intervals import bounds
 from tozan.planner.layer import Job
+from tozan.planner.losses import Losses, losses
 from tozan.planner.machine import Machine, Precision, load
 from tozan.planner.memory import by_block, memory
 from tozan.planner.search import Found, Options, search
@@ -44,10 +45,9 @@ class Choice:
         flops: achieved model FLOP/s of one device.
         peak_share: that over the nominal peak at the run's precision (MFU).
         days: whole run, failures and checkpoints included.
-        overhead: share of the run lost to failures and checkpoints.
-        checkpoint_minutes: best interval between checkpoints (Young/Daly).
+        losses: what of them failures and checkpoints take.
         megawatt_hours: energy, where the machine file says what a device draws.
-        cost: money, where the machine file has a price.
+        cost: of the whole run, in the machine's `economy.currency`, where its file has a price.
     """
 
     layout: dict[str, Any]
@@ -60,8 +60,7 @@ class Choice:
     flops: float
     peak_share: float
     days: float
-    overhead: float
-    checkpoint_minutes: float
+    losses: Losses
     megawatt_hours: float | None
     cost: float | None
 
@@ -220,21 +219,6 @@ def scaling(result: Plan, job: Job, kind: str, options: Options | None = None) -
     return rows
 
 
-def failures(machine: Machine, shape: Shape, devices: int) -> tuple[float, float]:
-    """Share of a run lost to failures and checkpoints, and seconds between checkpoints.
-
-    Daly's first-order optimum (FGCS 2006, after Young 1974): every √(2 δ M) seconds, δ the time to write one, M the
-    mean time between failures of all nodes. Lost: writing, half an interval and a restart per failure. A
-    background writer hides part of δ; this is the pessimistic side.
-    """
-    economy = machine.economy
-    nodes = max(1, devices // machine.node.devices)
-    between = economy.node_mtbf_hours * 3600 / nodes
-    write = 12 * parameters(shape) / min(nodes * economy.storage_bandwidth, economy.storage_total)
-    interval = sqrt(2 * write * between)
-    return write / interval + (interval / 2 + economy.restart_seconds) / between, interval
-
-
 def _check(
     machine: Machine,
     nodes: int | None,
@@ -377,8 +361,8 @@ def _choice(result: Plan, job: Job, found: Found, index: int) -> Choice:
     layout: dict[str, Any] = c.one(0)
     layout["recompute"], layout["offload"] = RECOMPUTE[layout["recompute"]], OFFLOAD[layout["offload"]]
     flops = model_flops(job.shape) * job.global_batch / seconds / devices
-    overhead, interval = failures(job.machine, job.shape, devices)
-    days = result.steps * seconds * (1 + overhead) / DAY
+    lost = losses(job.machine, job.shape, devices)
+    days = result.steps * seconds * (1 + lost.share) / DAY
     economy = job.machine.economy
     energy = economy.watts and economy.watts * economy.overhead * devices * days * 24 / 1e6
     low, high = bounds(job.machine, seconds, measured=job.stack.measured)
@@ -393,8 +377,7 @@ def _choice(result: Plan, job: Job, found: Found, index: int) -> Choice:
         flops,
         flops / job.machine.device.peak[job.precision],
         days,
-        overhead,
-        interval / 60,
+        lost,
         energy,
         economy.price and economy.price * devices * days * 24,
     )

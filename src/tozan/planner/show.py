@@ -166,12 +166,11 @@ def _many(count: float) -> str:
 def _overheads(plan: Plan) -> str:
     """Conventions and overheads in words."""
     best = plan.choices[0]
-    minutes = best.checkpoint_minutes
-    every = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+    economy = plan.machine.economy
+    price = "" if economy.price is None else f"{economy.currency}: {economy.price:g} for a device and hour. "
     return (
-        f"Days include {best.overhead:.1%} for failures and checkpoints every {every} (Young/Daly). TFLOP/s: model "
-        "FLOPs per device, recomputation not counted; % of the nominal "
-        f"{plan.precision} peak. Interval: from the errors on this machine's calibration rows, or assumed."
+        f"Days include {best.losses}. {price}TFLOP/s: model FLOPs per device, recomputation not counted; % of the "
+        f"nominal {plan.precision} peak. Interval: from the errors on this machine's calibration rows, or assumed."
     )
 
 
@@ -199,7 +198,7 @@ def config(plan: Plan) -> str:
         f"accumulate = {accumulate}",
     ]
     lines += [f'precision = "{plan.precision}"', f'recompute = "{one["recompute"]}"', "", "[checkpoint]"]
-    every = max(1, round(best.checkpoint_minutes * 60 / best.seconds))
+    every = max(1, round(best.losses.interval / best.seconds))
     return "\n".join([*lines, f"every = {every}", ""])
 
 

@@ -16,8 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tozan.amounts import percent, scaled
-from tozan.report.words import duration
+from tozan.amounts import duration, percent, scaled
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 48

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tozan.amounts import percent, scaled
+from tozan.amounts import percent, scaled, seconds
 from tozan.errors import Problem, UserError
+from tozan.planner.losses import Losses
 from tozan.report.drawing import Figure
 from tozan.report.figures import pipeline, plans
 from tozan.report.figures.plans import size
 from tozan.report.figures.torus import torus as torus_map
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, amount, seconds, three
+from tozan.report.words import Tile, amount, three
 from tozan.schedules import Action, Step
 
-HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh", "cost")
+HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh")
 NOTE = "TFLOP/s are the model's, recomputation not counted, of the nominal peak. Memory of the fullest device."
 PLAN_FACTS = ("machine", "nodes", "devices_per_node", "stack", "precision", "global_batch", "steps", "tried")
 Plan = dict[str, Any]
@@ -48,6 +49,7 @@ def page(plan: Plan) -> Page:
     """The page of a plan: of what `read` has read, or `planner.Plan.data` says."""
     best = plan["layouts"][0]
     names = [name_of(one) for one in plan["layouts"]]
+    head = (*HEAD, f"cost, {_currency(plan)}")
     rows = [_row(one, name) for one, name in zip(plan["layouts"], names, strict=True)]
     model, machine = str(plan["model"]), str(plan["machine"])
     return Page(
@@ -64,7 +66,10 @@ def page(plan: Plan) -> Page:
         figures=figures(plan),
         wide=[
             Table(
-                "Best layouts" if plan.get("fits", True) else "Nothing fits; nearest layouts", rows, _note(best), HEAD
+                "Best layouts" if plan.get("fits", True) else "Nothing fits; nearest layouts",
+                rows,
+                _note(plan, best),
+                head,
             )
         ],
         facts=[
@@ -117,12 +122,21 @@ def _torus(plan: Plan, layout: Mapping[str, Any]) -> Figure | None:
     return torus_map(found["shape"], places, group, axis)
 
 
-def _note(best: Mapping[str, Any]) -> str:
+def _note(plan: Plan, best: Mapping[str, Any]) -> str:
     """The table's conventions."""
-    if not best.get("checkpoint_minutes"):
-        return NOTE
-    every = three(float(best["checkpoint_minutes"]))
-    return f"{NOTE} Days include failures and checkpoints ({percent(float(best['overhead']))}, one every {every} min)."
+    said = [NOTE]
+    if best.get("failure_days"):
+        between, write = 86_400 * float(best["failure_days"]), float(best["checkpoint_seconds"])
+        lost = Losses(float(best["overhead"]), between, write, 60 * float(best["checkpoint_minutes"]))
+        said.append(f"Days include {lost}.")
+    if plan.get("price_per_device_hour"):
+        said.append(f"Cost: {float(plan['price_per_device_hour']):g} {_currency(plan)} for a device and hour.")
+    return " ".join(said)
+
+
+def _currency(plan: Plan) -> str:
+    """The money of costs."""
+    return str(plan.get("currency") or "USD")
 
 
 def name_of(one: Mapping[str, Any]) -> str:
@@ -173,6 +187,8 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
     ]
     if best.get("energy"):
         made.append(Tile("Energy", f"{three(float(best['energy']))} MWh", "whole run"))
+    if best.get("cost"):
+        made.append(Tile("Cost", f"{three(float(best['cost']))} {_currency(plan)}", "whole run"))
     return made
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tozan import planner
-from tozan.amounts import percent, scaled
+from tozan.amounts import duration, percent, scaled
 from tozan.bench.result import Peak
 from tozan.config import load
 from tozan.errors import UserError
@@ -216,7 +216,7 @@ def speed_table(found: History, each: Peak | None = None) -> Table:
         ("precision", words.PRECISIONS.get(facts.get("precision", ""), "—")),
         *_hardware(found, peak),
         *_nominal(found, each),
-        ("time in steps", words.duration(float(steps["seconds"][steps["seconds"] > 0].sum()))),
+        ("time in steps", duration(float(steps["seconds"][steps["seconds"] > 0].sum()))),
     ]
     how = [f"{which.capitalize()} peak: {facts[key]}." for which in PEAKS if facts.get(key := f"peak_{which}_how")]
     return Table("Speed", rows, " ".join(how))

@@ -19,11 +19,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tozan.amounts import percent
+from tozan.amounts import duration, percent
+from tozan.amounts import seconds as short
 from tozan.report import ranks
 from tozan.report.live import Live
-from tozan.report.words import duration, phase_words
-from tozan.report.words import seconds as short
+from tozan.report.words import phase_words
 
 QUIET = 60.0
 """Seconds without a record after which a run that is not done is said to be silent, at least."""

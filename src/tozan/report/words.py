@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tozan.amounts import percent, scaled
+from tozan.amounts import duration, percent, scaled
 from tozan.report.history import Array, History
 
 PRECISIONS = {"bf16": "bf16 (fp32 weights)", "fp16": "fp16 (fp32 weights)", "fp32": "fp32", "fp64": "fp64"}
@@ -52,28 +52,6 @@ def amount(value: float) -> str:
 def plain(value: object) -> bool:
     """Whether a value can stand in a table as it is: text or a number."""
     return isinstance(value, str | int | float)
-
-
-def duration(seconds: float) -> str:
-    """A span of time in its two largest units: `3 min 20 s`, `2 h 05 min`, `4 d 3 h`."""
-    if not math.isfinite(seconds):
-        return "—"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
-
-
-def seconds(value: float) -> str:
-    """A short time in the unit that suits it."""
-    if 0 < value < 1e-3:
-        return f"{1e6 * value:.3g} µs"
-    return duration(value) if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
 def time_tick(value: float, _: object = None) -> str:

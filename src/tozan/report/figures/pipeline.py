@@ -8,12 +8,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from tozan.amounts import percent
+from tozan.amounts import percent, seconds
 from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.history import History
 from tozan.report.marks import BLUE, MUTED, TEAL, VIOLET, key
 from tozan.report.ranks import Timeline
-from tozan.report.words import seconds, time_tick
+from tozan.report.words import time_tick
 from tozan.schedules import Action, Schedule, Step, create, replay
 
 COLOURS = {"forward": BLUE, "backward": TEAL, "backward_input": TEAL, "backward_weight": VIOLET}

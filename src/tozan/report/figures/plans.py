@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from tozan.amounts import percent
+from tozan.amounts import percent, seconds
 from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.history import Array
 from tozan.report.marks import BLUE, GREY, MUTED, SERIES, bare, key
-from tozan.report.words import seconds, time_tick
+from tozan.report.words import time_tick
 
 
 def memory(parts: Mapping[str, float], available: float | None = None, what: str = "the fullest rank") -> Figure | None:

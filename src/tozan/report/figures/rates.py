@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 
-from tozan.amounts import percent, scaled
+from tozan.amounts import percent, scaled, seconds
 from tozan.bench.result import Result, Row
 from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.marks import AMBER, BLUE, GREY, INK, MUTED, bare
-from tozan.report.words import seconds, three
+from tozan.report.words import three
 
 SHORTEST = 0.004
 """Of the longest bar: what is less is drawn so long, to be seen."""

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from tozan.amounts import percent, scaled
+from tozan.amounts import percent, scaled, seconds
 from tozan.bench.result import Peak, Result, Row
 from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.marks import AMBER, BLUE, GREY, MUTED, key, phase_colour, titled
-from tozan.report.words import phase_words, seconds, time_tick
+from tozan.report.words import phase_words, time_tick
 
 A100 = 137e12
 """FLOP/s that the talk takes an A100 to achieve, from Megatron's 1.7B set-up (arXiv 2104.04473, table 1)."""

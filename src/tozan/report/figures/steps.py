@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 
-from tozan.amounts import percent
+from tozan.amounts import percent, seconds
 from tozan.bench.result import Result
 from tozan.report.drawing import Figure, figure, rows_csv, table
 from tozan.report.history import Array, History
 from tozan.report.marks import AMBER, BLUE, GREY, INK, MUTED, RED, Cell, bare, cells, key
 from tozan.report.ranks import Ranks, Slow
-from tozan.report.words import axis_words, phase_words, seconds
+from tozan.report.words import axis_words, phase_words
 
 MOST_ROWS = 64
 """Rows of the heat map; more ranks share rows."""
