@@ -188,7 +188,7 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
     if best.get("energy"):
         made.append(Tile("Energy", f"{three(float(best['energy']))} MWh", "whole run"))
     if best.get("cost"):
-        made.append(Tile("Cost", f"{three(float(best['cost']))} {_currency(plan)}", "whole run"))
+        made.append(Tile(f"Cost, {_currency(plan)}", amount(float(best["cost"])), "whole run"))
     return made
 
 
