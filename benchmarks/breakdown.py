@@ -61,7 +61,6 @@ CALLS = {
     "_wrapped_call_impl": "forward",
     "backward": "backward",
     "gradient_norm": "optimizer",
-    "scale_gradients": "optimizer",
     "step": "optimizer",
     "zero_grad": "optimizer",
     "publish": "optimizer",

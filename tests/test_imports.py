@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {"ops"},
     "comm": {"layout", "files", "wire", "cpuinfo"},
     "parallel": {"models", "ops", "comm", "schedules", "layout", "optim.gradients"},
-    "optim": {"comm", "layout"},
+    "optim": {"comm", "layout", "ops"},
     "data": {"files"},
     "checkpoint": {"models", "files", "layout"},
     "recovery": {"files", "config", "comm.place", "planner"},

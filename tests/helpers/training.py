@@ -10,7 +10,7 @@ from tozan.config.schema import Optim
 from tozan.layout import Layout
 from tozan.models.arithmetic import Shape
 from tozan.optim.adamw import AdamW
-from tozan.optim.gradients import clip_factor, gradient_norm, norm_of_sums, scale_gradients
+from tozan.optim.gradients import clip_factor, gradient_norm, norm_of_sums
 from tozan.parallel.data import DataParallel, in_order
 from tozan.parallel.zero import Zero
 
@@ -61,8 +61,7 @@ def alone(a_shape, steps=3, micro_batches=4, dtype=torch.float32):
             loss.backward()
             total += loss.item()
         norm = gradient_norm(named)
-        scale_gradients(named, clip_factor(norm.value, TABLE.clip))
-        optimizer.step(TABLE.lr)
+        optimizer.step(TABLE.lr, clip_factor(norm.value, TABLE.clip))
         optimizer.zero_grad()
         losses.append(total)
         norms.append(norm.value)
@@ -124,8 +123,7 @@ def together(a_shape, size, stage, shards=None, deterministic=True, steps=3, mic
             values.append(loss.item())
         sync.finish()
         norm = norm_of_sums(sync.sums_of_squares())
-        scale_gradients(sync.parameters, clip_factor(norm.value, TABLE.clip))
-        optimizer.step(TABLE.lr)
+        optimizer.step(TABLE.lr, clip_factor(norm.value, TABLE.clip))
         optimizer.zero_grad()
         sync.publish()
         losses.append(sum(in_order(values, axis)))

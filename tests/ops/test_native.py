@@ -1,6 +1,7 @@
 """How kernels are compiled, kept, shared and done without."""
 
 import ctypes
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(fresh, mode):
 def test_another_source_is_another_library(fresh, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, PRETEND))
     first = native.build(fresh)
+    for header in native.SOURCE.parent.glob("*.h"):
+        shutil.copy(header, tmp_path)
     changed = tmp_path / "kernels.cpp"
     changed.write_bytes(native.SOURCE.read_bytes() + b"\n")
     monkeypatch.setattr(native, "SOURCE", changed)

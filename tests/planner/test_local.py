@@ -181,7 +181,7 @@ def test_a_block_keeps_what_autograd_keeps(family, mode):
     x = torch.randn(2, 160, 256, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         y = model.blocks[0](x)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     bytes_kept = sum(
         tensor.untyped_storage().nbytes()
         for place, tensor in saved.items()
@@ -189,7 +189,7 @@ def test_a_block_keeps_what_autograd_keeps(family, mode):
     )
     assert y.shape == x.shape
     trip = Trip(shape, Layout(), micro_batch=2, accumulate=1, item=2, recompute=mode)
-    # Beside what counts: variances, one number per token, and the tables of rotary positions.
+    # Beside what counts: means and variances, a number per token.
     assert bytes_kept == pytest.approx(_activations(trip, mode), rel=0.02)
     job = Job(shape, machine(1), stacks.TOZAN, 2, "bf16")
     assert float(kept_activations(job, candidates(micro_batch=2, recompute=mode))[0]) == _activations(trip, mode)

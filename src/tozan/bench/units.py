@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from tozan.bench.measure import times
 from tozan.comm import Axis
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import Attention, Linear, Rotary
-from tozan.ops import gelu, linear_cross_entropy, swiglu
+from tozan.models.layers import Attention, LayerNorm, Linear, RMSNorm, Rotary
+from tozan.ops import checksums, gelu, linear_cross_entropy, swiglu
 from tozan.optim.adamw import AdamW
-from tozan.optim.gradients import norm_of_sums, scale_gradients, squares_of, sums_of_squares
+from tozan.optim.gradients import norm_of_sums, squares_of, sums_of_squares
 from tozan.parallel import context
 from tozan.parallel.summa import Grid
 from tozan.parallel.tensor_1d import VocabularyProducts
 from tozan.parallel.tensor_2d import SummaLinear
 from tozan.parallel.vocabulary import sharded_cross_entropy
-from tozan.train.integrity import checksums
 
 LINEARS = (
     (4096, 768, 2304),
@@ -99,8 +98,8 @@ def measure(precision: str, seconds: float, shrink: int = 1) -> dict[str, list[f
         [[2.0 * n * i * o, i * o, n * (i + o), 1] for n, i, o in shards],
         [_grid(dtype, seconds, *size) for size in shards],
     )
-    note("norm", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.LayerNorm, *size) for size in streams])
-    note("rms", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, nn.RMSNorm, *size) for size in streams])
+    note("norm", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, LayerNorm, *size) for size in streams])
+    note("rms", [[n * d, 1] for n, d in streams], [_norm(dtype, seconds, RMSNorm, *size) for size in streams])
     inner = [(n, 4 * d) for n, d in streams]
     note("gelu", [[n * f, 1] for n, f in inner], [_activation(dtype, seconds, False, *size) for size in inner])
     note("swiglu", [[n * f, 1] for n, f in inner], [_activation(dtype, seconds, True, *size) for size in inner])
@@ -192,14 +191,14 @@ def _grid(dtype: torch.dtype | None, seconds: float, tokens: int, inputs: int, o
     return _passes(seconds, dtype, lambda: layer(source), source)
 
 
-def _norm(dtype: torch.dtype | None, seconds: float, kind: type[nn.Module], tokens: int, width: int) -> Times:
-    """A residual sum and the norm after it, cast to the compute type."""
-    norm = kind(width)
+def _norm(dtype: torch.dtype | None, seconds: float, kind: type[LayerNorm | RMSNorm], tokens: int, width: int) -> Times:
+    """A residual sum and the norm after it."""
+    norm = kind(width, 1e-5)
     x = torch.randn(tokens, width, requires_grad=True)
     branch = torch.randn(tokens, width).to(dtype or torch.float32).requires_grad_()
 
     def forward() -> Tensor:
-        return norm(x + branch).to(dtype or torch.float32)  # type: ignore[no-any-return]
+        return norm(x + branch)  # type: ignore[no-any-return]
 
     return _passes(seconds, dtype, forward, x, branch)
 
@@ -223,10 +222,10 @@ def _attention(dtype: torch.dtype | None, seconds: float, batch: int, heads: int
 
 
 def _rotary(dtype: torch.dtype | None, seconds: float, batch: int, heads: int, tokens: int, size: int) -> Times:
-    """Rotation of queries or keys, which lie as their linear layer left them."""
+    """Rotation of queries and keys, which lie as their linear layer left them."""
     rotary = Rotary(size, tokens, 1e4)
     x = torch.randn(batch, tokens, heads, size).to(dtype or torch.float32).requires_grad_()
-    return _passes(seconds, dtype, lambda: rotary(x.transpose(1, 2)), x)
+    return _passes(seconds, dtype, lambda: rotary(x, heads), x)
 
 
 def _ring(dtype: torch.dtype | None, seconds: float, batch: int, heads: int, tokens: int, size: int) -> Times:
@@ -270,7 +269,7 @@ def _embedding(seconds: float, tokens: int, width: int, vocabulary: int) -> Time
 
 
 def _optimizer(seconds: float, size: int) -> float:
-    """Seconds per parameter of norm, clipping, AdamW, and the checksums of what rests before and after."""
+    """Seconds per parameter of norm, clipping, AdamW, and the checksums of what rests before and after it."""
     parameters = {f"p{i}": nn.Parameter(torch.randn(size // 4096, 1024)) for i in range(4)}
     adamw = AdamW(parameters, Optim())
     resting = [*(p.detach() for p in parameters.values()), *adamw.tensors().values()]
@@ -281,9 +280,8 @@ def _optimizer(seconds: float, size: int) -> float:
             parameter.grad = torch.randn_like(parameter)
         begin = time.perf_counter()
         norm_of_sums(sums_of_squares(squares_of(parameters)))
-        scale_gradients(parameters, 0.5)
         checksums(resting)
-        adamw.step(1e-4)
-        checksums(resting)
+        if not adamw.step(1e-4, 0.5):
+            checksums(resting)
         times.append(time.perf_counter() - begin)
     return median(times[1:]) / sum(p.numel() for p in parameters.values())

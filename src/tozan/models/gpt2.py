@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import Attention, Cache, Linear, Past
+from tozan.models.layers import Attention, Cache, LayerNorm, Linear, Past
 from tozan.ops import gelu, linear, linear_cross_entropy
 
 ROLES = {
@@ -49,9 +49,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(shape.width, shape.norm_eps)
+        self.norm1 = LayerNorm(shape.width, shape.norm_eps)
         self.attn = Attention(shape, bias=True)
-        self.norm2 = nn.LayerNorm(shape.width, shape.norm_eps)
+        self.norm2 = LayerNorm(shape.width, shape.norm_eps)
         self.mlp = MLP(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
@@ -85,7 +85,7 @@ class GPT2(nn.Module):
         self.position = nn.Embedding(shape.sequence, shape.width)
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width, shape.norm_eps)
+        self.norm = LayerNorm(shape.width, shape.norm_eps)
         self.head = None if shape.tied else Linear(shape.width, shape.vocabulary, bias=False)
 
     def embed_tokens(self, tokens: Tensor, start: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tozan.models.arithmetic import Shape
-from tozan.ops import attention, causal_attention, linear, split_heads
+from tozan.ops import attention, causal_attention, layer_norm, linear, rms_norm, rotate, split_heads
 
 
 class Unfilled(TorchFunctionMode):
@@ -108,12 +108,28 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotates x (B, heads, T, S), whose first token stands at position `start`; computes in fp32."""
-        rows = slice(start, start + x.shape[2])
-        cos, sin = self.cos[rows], self.sin[rows]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    def forward(self, x: Tensor, turned: int, start: int = 0) -> Tensor:
+        """Rotates the first `turned` heads of x (B, T, heads, S), whose first token stands at position `start`."""
+        rows = slice(start, start + x.shape[1])
+        return rotate(x, self.cos[rows], self.sin[rows], turned)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A norm whose result has the type of the product that follows: `ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Likewise: `ops.rms_norm`."""
+
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -154,13 +170,10 @@ class Attention(nn.Module):
         """
         batch, tokens, width = qkv.shape
         kv_heads = width // self.head_size // (self.group + 2)
-        heads = qkv.view(batch, tokens, -1, self.head_size).transpose(1, 2)
-        if self.rotary is None:
-            q, k, v = split_heads(heads, [self.group * kv_heads, kv_heads, kv_heads])
-        else:
-            qk, v = split_heads(heads, [(self.group + 1) * kv_heads, kv_heads])
-            qk = self.rotary(qk, past.length if past else 0)
-            q, k = split_heads(qk, [self.group * kv_heads, kv_heads])
+        heads = qkv.view(batch, tokens, -1, self.head_size)
+        if self.rotary is not None:
+            heads = self.rotary(heads, (self.group + 1) * kv_heads, past.length if past else 0)
+        q, k, v = split_heads(heads.transpose(1, 2), [self.group * kv_heads, kv_heads, kv_heads])
         if past is not None:
             k, v = past.extend(k, v)
         y = self.attend(q, k, v)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tozan.models.arithmetic import Shape
-from tozan.models.layers import Attention, Cache, Linear, Past, Rotary
+from tozan.models.layers import Attention, Cache, Linear, Past, RMSNorm, Rotary
 from tozan.ops import linear, linear_cross_entropy, swiglu
 
 ROLES = {
@@ -53,9 +53,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape, rotary: Rotary) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(shape.width, shape.norm_eps)
+        self.norm1 = RMSNorm(shape.width, shape.norm_eps)
         self.attn = Attention(shape, bias=False, rotary=rotary)
-        self.norm2 = nn.RMSNorm(shape.width, shape.norm_eps)
+        self.norm2 = RMSNorm(shape.width, shape.norm_eps)
         self.mlp = MLP(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
@@ -85,7 +85,7 @@ class Llama(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         rotary = Rotary(shape.head_size, shape.sequence, shape.rope_base)
         self.blocks = nn.ModuleList(Block(shape, rotary) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.width, shape.norm_eps)
+        self.norm = RMSNorm(shape.width, shape.norm_eps)
         self.head = None if shape.tied else Linear(shape.width, shape.vocabulary, bias=False)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:

@@ -73,17 +73,21 @@ def usable(*tensors: Tensor | None) -> bool:
     return fit and _load()[0] is not None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+def call(
+    name: str, dtype: torch.dtype | None, *arguments: Tensor | float | None, into: torch.dtype | None = None
+) -> None:
     """Run a kernel on as many threads as PyTorch uses.
 
     Args:
         name: of the function, without its type.
-        dtype: of the elements.
+        dtype: of the elements; None if they may be of any.
         arguments: as the kernel takes them; tensors must be contiguous, None is a null pointer.
+        into: type of the result's elements, where a kernel is made for several.
     """
     library = _load()[0]
     assert library is not None, name
-    function = getattr(library, f"{name}_{_TYPES[dtype]}")
+    types = [_TYPES[one] for one in (dtype, into) if one is not None]
+    function = getattr(library, "_".join([name, *types]))
     function(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
@@ -135,10 +139,12 @@ def noted(name: str) -> contextlib.AbstractContextManager[object]:
     return torch.profiler.record_function(name) if profiling else contextlib.nullcontext()
 
 
-def _argument(value: Tensor | int | None) -> object:
+def _argument(value: Tensor | float | None) -> object:
     if isinstance(value, Tensor):
         assert value.is_contiguous(), value.stride()
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
     return None if value is None else ctypes.c_long(value)
 
 

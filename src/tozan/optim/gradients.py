@@ -1,4 +1,4 @@
-"""The global gradient norm, and scaling by it."""
+"""The global gradient norm, and clipping by it."""
 
 from __future__ import annotations
 
@@ -81,13 +81,6 @@ def gradient_norm(parameters: Mapping[str, nn.Parameter], scale: float = 1.0) ->
 def squares_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """`segment_squares` of every gradient there is."""
     return {name: segment_squares(p.grad) for name, p in parameters.items() if p.grad is not None}
-
-
-def scale_gradients(parameters: Mapping[str, nn.Parameter], factor: float) -> None:
-    """Multiply every gradient by `factor` in place; 1.0 costs nothing."""
-    gradients: list[Tensor] = [p.grad for p in parameters.values() if p.grad is not None]
-    if factor != 1.0 and gradients:
-        torch._foreach_mul_(gradients, factor)
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -43,14 +43,11 @@ def kept(
     inner = tokens * shape.mlp_width / tp
     # Queries, keys, values, and the heads' output, which the next product keeps.
     heads = tokens * (2 * shape.width + 2 * shape.kv_width) / tp
-    if gated:
-        heads = heads + tokens * (shape.width + shape.kv_width) / tp  # rotated queries and keys beside the product
-    # RMSNorm keeps its normalized input beside its input; norms over a grid do so in either family.
-    norms = stream * word * np.where(square | gated, 4, 2)
-    # Gate and up each cast their input, unless ranks share it; where nothing is cast they share it, too.
-    casts = stream * item * np.where((tp == 1) & (gated and item != word), 3, 2)
+    # Norms keep their input; over a grid their normalized input, too.
+    norms = stream * word * np.where(square, 4, 2)
+    casts = 2 * stream * item  # what norms return
     gathered = np.where(shared, 2 * tokens * shape.width * item, 0.0)
     logs = 4 * tokens * shape.heads / tp  # of each query's sum of exponentials
     everything = norms + casts + gathered + item * (heads + (3 if gated else 2) * inner) + logs
-    light = stream * (item + word) + item * inner if gated else casts + item * inner
+    light = item * inner + (stream * (item + np.where(square, word, 0)) if gated else casts)
     return Kept(everything, everything - light, stream * word)

@@ -4,7 +4,7 @@
     ...                             # forward, backward, gradient norm
     again = checks.judge(...)       # before the update: None, or why the step must be computed again
     ...                             # update, publish
-    checks.keep(step + 1)           # after the update
+    checks.keep(step + 1, written)  # after the update
     checks.confirm(step + 1)        # before that state is saved
 
 Each rank sends a row of words (`Row`): how many of its tensors changed in memory, its own seconds, bits of loss and
@@ -22,7 +22,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,8 +32,9 @@ from tozan.comm import Mesh, collectives
 from tozan.comm.texts import all_gather_texts
 from tozan.config.schema import Checks as Table
 from tozan.layout import AXES
+from tozan.ops.update import WORD, checksums
 from tozan.optim.adamw import AdamW
-from tozan.train.integrity import TURNS, WORD, Watch, checksums, combine, dissenters, held
+from tozan.train.integrity import TURNS, Watch, combine, dissenters, held
 from tozan.train.outliers import Outliers
 from tozan.train.split import Split
 from tozan.train.stragglers import Stragglers
@@ -173,13 +174,14 @@ class Checks:
         self._start, self._waited = time.perf_counter(), self._mesh.ledger.waited()
         return again
 
-    def keep(self, step: int) -> None:
+    def keep(self, step: int, written: Mapping[str, int] | None = None) -> None:
         """After the update, or where none was made: what is there now is right.
 
         Args:
             step: optimizer steps done.
+            written: what `AdamW.step` returned; the rest is read.
         """
-        self.watch.keep(step)
+        self.watch.keep(step, written)
         self._tail = self._own_seconds()
 
     def confirm(self, step: int) -> None:

@@ -6,24 +6,23 @@ it: no majority is needed, and sharded state and single processes are covered as
 same piece (`Held.axes`), their checksums must also agree: they do not if one of them computed or received something
 else. One word per mesh axis and rank is enough to see that (`Watch.words`), and is what travels.
 
-A checksum is the sum of a tensor's 64-bit words modulo 2⁶⁴: every flipped bit changes it, it reads memory once and as
-fast as memory goes, and several flips cancel only if the same bit of two words flips in opposite directions.
+A checksum is the sum of a tensor's 64-bit words modulo 2⁶⁴ (`ops.checksums`). What the optimizer writes it sums as it
+writes it, so that only the second one reads memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tozan.layout import AXES
+from tozan.ops.update import WORD, checksums
 from tozan.optim.adamw import AdamW
 from tozan.train.split import Split
 
-WORD = 1 << 64
 MIX = 0x9E3779B97F4A7C15
 """An odd number (2⁶⁴ over the golden ratio): multiples of it tell the places of tensors apart."""
 TURNS = 10
@@ -38,11 +37,13 @@ class Held:
         name: `model/<parameter>` or `optimizer/<slot>/<parameter>`, as in a checkpoint, or `buffer/<name>`.
         tensor: the live one.
         axes: mesh axes of more than one rank along which every rank has the same bits.
+        written: what `AdamW.step` calls it, if the optimizer is the last to write it.
     """
 
     name: str
     tensor: Tensor
     axes: tuple[str, ...]
+    written: str = ""
 
 
 def held(split: Split, optimizer: AdamW) -> list[Held]:
@@ -51,35 +52,19 @@ def held(split: Split, optimizer: AdamW) -> list[Held]:
     pieces = {f"model/{name}": (name, p.detach(), sync.whole_at_rest) for name, p in sync.resting.items()}
     for key, tensor in optimizer.tensors().items():
         pieces[f"optimizer/{key}"] = key.partition("/")[2], tensor, sync.whole_state
+    written = {f"optimizer/{key}": key for key in optimizer.tensors()}
+    for name, parameter in sync.resting.items():
+        if optimizer.parameters.get(name) is parameter:  # it steps slices of what ZeRO 1 and 2 then gather
+            written[f"model/{name}"] = f"parameter/{name}"
     found = []
     for key, (name, tensor, whole) in pieces.items():
         axes = split.placements[name].replicated_over
         # Slices of a tied embedding are not cut alike on its two stages, whose units hold other parameters beside it.
         axes = (*axes, "dp", "cp") if whole else tuple(axis for axis in axes if axis != "pp")
-        found.append(Held(key, tensor, tuple(axis for axis in axes if split.mesh.layout.sizes[axis] > 1)))
+        axes = tuple(axis for axis in axes if split.mesh.layout.sizes[axis] > 1)
+        found.append(Held(key, tensor, axes, written.get(key, "")))
     found += [Held(f"buffer/{name}", buffer, ()) for name, buffer in split.model.named_buffers()]
     return [piece for piece in found if piece.tensor.numel()]
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """Sum of the 64-bit words of a tensor modulo 2⁶⁴, as an int64 of shape (); any shape and real dtype."""
-    flat = tensor.detach().reshape(-1)
-    cut = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
-    head = flat[:cut]
-    if head.storage_offset() * head.element_size() % 8:
-        head = head.clone()  # a view of 64-bit words begins at a multiple of 8 bytes
-    total: Tensor = head.view(torch.int64).sum()
-    if cut < flat.numel():
-        kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()]
-        total = total + flat[cut:].view(kind).sum()
-    return total
-
-
-def checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """`checksum` of each, as integers below 2⁶⁴."""
-    if not tensors:
-        return []
-    return [value % WORD for value in torch.stack([checksum(tensor) for tensor in tensors]).tolist()]
 
 
 def combine(sums: Sequence[int], places: Sequence[int]) -> int:
@@ -111,10 +96,10 @@ class Watch:
         """Whether nothing is kept to compare with."""
         return self._kept is None
 
-    def keep(self, step: int) -> None:
-        """Right after an update: take the checksums of this step's turn."""
+    def keep(self, step: int, written: Mapping[str, int] | None = None) -> None:
+        """Right after an update: take the checksums of this step's turn, but for those that `AdamW.step` returned."""
         self._watched = self._turns[step % len(self._turns)]
-        self._kept = self._now()
+        self._kept = self._now(written or {})
         self.words = [combine(list(sums.values()), list(sums)) if sums else 0 for sums in map(self.along, AXES)]
 
     def forget(self) -> None:
@@ -125,7 +110,7 @@ class Watch:
         """Right before an update: names of the tensors whose bits are not those kept."""
         if self._kept is None:
             return []
-        before = zip(self._watched, self._kept, self._now(), strict=True)
+        before = zip(self._watched, self._kept, self._now({}), strict=True)
         return [self.pieces[number].name for number, kept, now in before if kept != now]
 
     def along(self, axis: str) -> dict[int, int]:
@@ -139,8 +124,10 @@ class Watch:
         """Name of a piece by its number in `along`."""
         return self.pieces[self._copies[axis][place]].name
 
-    def _now(self) -> list[int]:
-        return checksums([self.pieces[number].tensor for number in self._watched])
+    def _now(self, known: Mapping[str, int]) -> list[int]:
+        pieces = [self.pieces[number] for number in self._watched]
+        read = iter(checksums([piece.tensor for piece in pieces if piece.written not in known]))
+        return [known[piece.written] if piece.written in known else next(read) for piece in pieces]
 
 
 def _deal(sizes: Sequence[int], turns: int) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tozan.optim.gradients import clip_factor, scale_gradients
+from tozan.optim.gradients import clip_factor
 from tozan.optim.schedule import learning_rate
 from tozan.parallel.data import in_order
 from tozan.train.metrics import Clock
@@ -81,15 +81,15 @@ def train_step(run: Run, clock: Clock) -> StepResult:
     if again is not None:
         run.optimizer.zero_grad()
         return StepResult(loss, norm.value, lr, tokens, again=again)
+    written: dict[str, int] = {}
     if skipped is None:
-        scale_gradients(sync.parameters, clip_factor(norm.value, optim.clip) / run.precision.scale)
-        run.optimizer.step(lr)
+        written = run.optimizer.step(lr, clip_factor(norm.value, optim.clip) / run.precision.scale)
     run.optimizer.zero_grad()
     if skipped is None:
         sync.publish()
     run.precision.update(overflow)
     clock.mark("optimizer")
-    run.checks.keep(run.step + 1)
+    run.checks.keep(run.step + 1, written)
     clock.mark("checks")
     return StepResult(loss, norm.value, lr, tokens, skipped, overflow)
 
