@@ -75,3 +75,19 @@ def test_a_lock_is_held_by_one_and_dies_with_its_process(tmp_path):
     descriptor = files.lock(tmp_path)
     assert descriptor is not None
     os.close(descriptor)
+
+
+def test_scratch_removes_itself_and_what_killed_processes_have_left(tmp_path):
+    old = {name: tmp_path / f"made-{name}" for name in ("left", "held", "new")}
+    for folder in (*old.values(), tmp_path / "other"):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+        if folder.name != "made-new":
+            os.utime(folder, (0, 0))
+    held = files.lock(old["held"])
+    with files.scratch("made-", tmp_path) as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {"made-held", "made-new", "other", folder.name}
+        assert files.lock(folder) is None
+        (folder / "file").write_text("x")
+    os.close(held)
+    assert not folder.exists()

@@ -16,6 +16,8 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,6 +223,34 @@ def lock(folder: Path) -> int | None:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def scratch(prefix: str, under: Path | None = None) -> Iterator[Path]:
+    """A new folder that is removed at the end of the block, with those that killed processes have left behind.
+
+    Left behind is a folder of that prefix on which no process holds a lock, and that nobody has changed for an hour: a
+    new one is locked a moment after it was made.
+
+    Args:
+        prefix: begins its name.
+        under: where; default: the system's folder for temporary files.
+    """
+    under = Path(under or tempfile.gettempdir())
+    for old in under.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # another user's, or another process is faster
+            if time.time() - old.stat().st_mtime > 3600 and (held := lock(old)) is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(held)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=under) as name:
+        held = None
+        with contextlib.suppress(OSError):  # a file system without locks
+            held = lock(Path(name))
+        try:
+            yield Path(name)
+        finally:
+            if held is not None:
+                os.close(held)
 
 
 def _existing(path: Path) -> Path:

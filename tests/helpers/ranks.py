@@ -7,14 +7,16 @@ anew for each call), so a call costs some 50 ms. `function` must be importable: 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from tozan import files
 
 PRELOADED = [
     "torch",
@@ -59,8 +61,8 @@ def spawn(world_size, function, *args, timeout=60.0):
 class Pool:
     def __init__(self, world_size):
         context = fork_context()
-        self._stores = tempfile.TemporaryDirectory(prefix="tozan-ranks-")
-        self.folder = self._stores.name
+        self._stores = contextlib.ExitStack()
+        self.folder = str(self._stores.enter_context(files.scratch("tozan-ranks-")))
         self.calls = 0
         self.ranks = []
         for rank in range(world_size):
@@ -103,7 +105,7 @@ class Pool:
             process.kill()
         for process, _ in self.ranks:
             process.join(5)
-        self._stores.cleanup()
+        self._stores.close()
 
 
 def _serve(pipe, rank, world_size, folder):

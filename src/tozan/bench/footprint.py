@@ -9,12 +9,11 @@ import importlib
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
 
-from tozan import data
+from tozan import data, files
 from tozan.bench import step
 from tozan.comm.launch import join
 from tozan.comm.processor import largest_resident_set
@@ -40,11 +39,11 @@ def measure(ranks: int) -> tuple[float, float]:
         subprocess.CalledProcessError: a rank failed.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    with tempfile.TemporaryDirectory(prefix="tozan-bench-") as folder:
-        data.build(data.corpus.standard_library(limit=200_000), Path(folder) / "data", vocabulary=1024, validation=0.0)
-        command = [sys.executable, *launcher, "-m", "tozan.bench.footprint", str(ranks), folder]
+    with files.scratch("tozan-bench-") as folder:
+        data.build(data.corpus.standard_library(limit=200_000), folder / "data", vocabulary=1024, validation=0.0)
+        command = [sys.executable, *launcher, "-m", "tozan.bench.footprint", str(ranks), str(folder)]
         subprocess.run(command, check=True, capture_output=True)
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("*.json")]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
         return max(beside for beside, _ in found), max(compiler for _, compiler in found)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import random
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tozan import data
+from tozan import data, files
 from tozan.amounts import scaled
 from tozan.bench import measure
 from tozan.bench.result import Result, Row
@@ -121,8 +120,7 @@ class Readers:
 
 def run(work: Work) -> Result:
     """Write the documents in both forms, read them in all ways, remove them."""
-    with tempfile.TemporaryDirectory(prefix="tozan-io-", dir=work.folder) as scratch:
-        folder = Path(scratch)
+    with files.scratch("tozan-io-", work.folder) as folder:
         made = documents(work.documents, work.size)
         data.build(made, folder / "set", vocabulary=1024, validation=0, shard_bytes=work.shard_bytes)
         readers = Readers(folder)

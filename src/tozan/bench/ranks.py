@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tozan import files
 from tozan.comm import gloo, processor
 
 PRELOADED = ["torch", "torch.distributed", "tozan.bench.collectives", "tozan.bench.backends"]
@@ -36,12 +36,12 @@ def spawn(ranks: int, function: Function, *arguments: Any) -> Any:
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank failed; the others are ended.
     """
-    with tempfile.TemporaryDirectory(prefix="tozan-bench-") as folder:
-        given = (ranks, Path(folder), processor.cores(), function, arguments)
+    with files.scratch("tozan-bench-") as folder:
+        given = (ranks, folder, processor.cores(), function, arguments)
         # A fork server imports PyTorch once for all ranks.
         multiprocessing.set_forkserver_preload(PRELOADED)
         mp.start_processes(_serve, given, ranks, start_method="forkserver")  # type: ignore[attr-defined, no-untyped-call]
-        return json.loads((Path(folder) / "answer.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "answer.json").read_text(encoding="utf-8"))
 
 
 def _serve(rank: int, ranks: int, folder: Path, cores: int, function: Function, arguments: tuple[Any, ...]) -> None:

@@ -10,14 +10,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from tozan import data
+from tozan import data, files
 from tozan.amounts import percent, scaled
 from tozan.bench import measure
 from tozan.bench.result import Peak, Result, Row
@@ -104,8 +103,7 @@ def run(setup: Setup, jobs: Jobs) -> Result:
     Raises:
         UserError: a job's config has mistakes, or a job failed; the end of its output is said.
     """
-    with tempfile.TemporaryDirectory(prefix="tozan-scaling-") as scratch:
-        folder = Path(scratch)
+    with files.scratch("tozan-scaling-") as folder:
         texts = jobs.data or _make_data(folder / "data")
         flags = {ranks: _flags(setup, jobs, ranks, texts, folder / f"run-{ranks}") for ranks in setup.ranks}
         for given in flags.values():  # all mistakes before the first job
