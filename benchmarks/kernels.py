@@ -18,7 +18,19 @@ import torch
 from common import standard_text
 from loops import tozan_step
 
-from tozan.ops import causal_attention, cross_entropy, gelu, native, swiglu
+from tozan.ops import (
+    adamw,
+    causal_attention,
+    checksums,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    native,
+    rms_norm,
+    rotate,
+    swiglu,
+)
+from tozan.ops.update import Rates
 
 PRODUCTS = {"tozan::product", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 ATTENTION = {"tozan::attention", "tozan::attention_backward"}
@@ -47,15 +59,29 @@ def operations() -> None:
         compare("SwiGLU", lambda: swiglu(x, up))
     compare("GELU and its gradient", lambda: torch.autograd.grad(gelu(x), x, dy))
     compare("SwiGLU and its gradients", lambda: torch.autograd.grad(swiglu(x, up), (x, up), dy))
+    stream, norm_dy = torch.randn(512, 768, requires_grad=True), torch.randn(512, 768).bfloat16()
+    weight, bias = torch.ones(768, requires_grad=True), torch.zeros(768, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = (stream, weight, bias)
+        compare("LayerNorm and its gradients", lambda: torch.autograd.grad(layer_norm(*given, 1e-5), given, norm_dy))
+        given = (stream, weight)
+        compare("RMSNorm and its gradients", lambda: torch.autograd.grad(rms_norm(*given, 1e-5), given, norm_dy))
     logits = torch.randn(64, 50_304).bfloat16()
     targets, loss, gradient = torch.randint(0, 50_304, (64,)), torch.empty(64), torch.empty_like(logits)
     compare("cross-entropy and its gradient", lambda: cross_entropy._losses(logits, targets, loss, gradient))
-    packed = torch.randn(1, 1024, 36, 64).bfloat16().transpose(1, 2).requires_grad_()
-    q, k, v = torch.split(packed, [12, 12, 12], dim=1)
+    packed, angles = torch.randn(1, 1024, 36, 64).bfloat16().requires_grad_(), torch.rand(1024, 32)
+    turned = (packed, angles.cos(), angles.sin(), 24)
+    arriving = torch.randn(packed.shape).bfloat16()
+    compare("rotary positions and their gradient", lambda: torch.autograd.grad(rotate(*turned), packed, arriving))
+    q, k, v = torch.split(packed.transpose(1, 2), [12, 12, 12], dim=1)
     with torch.no_grad():
         compare("attention", lambda: causal_attention(q, k, v))
     arriving = torch.randn(q.shape).bfloat16()
     compare("attention and its gradients", lambda: torch.autograd.grad(causal_attention(q, k, v), (q, k, v), arriving))
+    state = [[torch.rand(1 << 24) + 1e-3] for _ in range(4)]
+    tensors = [group[0] for group in (state[0], *state[2:])]
+    rates = Rates(lr=1e-9, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, updates=10, scale=0.999)
+    compare("AdamW with scaling and checksums", lambda: adamw(*state, rates) or checksums(tensors))
 
 
 def profile(choice: native.Choice, step: Callable[[], object]) -> None:

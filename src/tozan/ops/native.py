@@ -88,7 +88,8 @@ def call(
     assert library is not None, name
     types = [_TYPES[one] for one in (dtype, into) if one is not None]
     function = getattr(library, "_".join([name, *types]))
-    function(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
+    with noted(f"tozan::{name}"):
+        function(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
 def products_pay() -> bool:
