@@ -1,4 +1,4 @@
-"""For all tests: hypothesis keeps no time, and nothing is skipped where everything is required."""
+"""For all tests: hypothesis keeps no time, nothing is skipped where everything is required, and what many need."""
 
 import os
 
@@ -18,3 +18,14 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"TOZAN_REQUIRE_ALL=1 forbids skipping: {call.excinfo.value if call.excinfo else ''}"
     return report
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch computes on one thread: small tensors gain nothing from more, and lose much on a busy machine."""
+    import torch  # which many tests need not
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

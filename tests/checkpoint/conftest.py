@@ -26,12 +26,8 @@ def make_state():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _forkable(one_thread):
     """Forked children must not inherit a pool of threads that no longer exists."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(one: State, other: State) -> bool:

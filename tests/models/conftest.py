@@ -62,9 +62,5 @@ def transformers_twin(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _small(one_thread):
+    """Models here are."""

@@ -52,3 +52,16 @@ class Scheme(Protocol):
 
     def leave(self, x: Tensor) -> Tensor:
         """The whole residual stream (B, T, D), on all ranks, from every rank's part."""
+
+
+class CalledHead(nn.Module):
+    """An output head that is called as a layer: the local form of (B, T, D) to all logits (B, T, V), on every rank."""
+
+    def __init__(self, parameters: Parameters, scheme: Scheme) -> None:
+        super().__init__()
+        self.weight = parameters["weight"]
+        self._scheme = scheme
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gathered logits; `Scheme.output` with targets never gathers them."""
+        return self._scheme.output(x, self.weight, None, 0)

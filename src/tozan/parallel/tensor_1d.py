@@ -20,16 +20,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tozan.comm import Axis, Mesh, functions
 from tozan.layout import Role, split
 from tozan.ops import linear, product
 from tozan.ops.products import compute_dtype
-from tozan.parallel.scheme import Parameters
+from tozan.parallel.scheme import CalledHead, Parameters
 from tozan.parallel.sequence import SequencePosition, check_tokens
-from tozan.parallel.vocabulary import sharded_cross_entropy
+from tozan.parallel.vocabulary import own_rows, sharded_cross_entropy
 
 TOKENS = 1
 """The dim of (B, T, D) that sequence parallelism shards."""
@@ -116,23 +115,7 @@ class VocabularyParallelEmbedding(nn.Module):
         """(B, T) int64 to (B, T, D), or (B, T/n, D)."""
         if self._sequence:
             check_tokens(tokens.shape[TOKENS], self._axis.size)
-        index = tokens - self._axis.index * self.weight.shape[0]
-        elsewhere = (index < 0) | (index >= self.weight.shape[0])
-        found = F.embedding(index.masked_fill(elsewhere, 0), self.weight)
-        return _reduce(found.masked_fill(elsewhere[..., None], 0.0), self._axis, self._sequence)
-
-
-class VocabularyParallelLinear(nn.Module):
-    """An output head that is called as a layer: (B, T, D) to all logits (B, T, V), on every rank."""
-
-    def __init__(self, parameters: Parameters, scheme: Tensor1D) -> None:
-        super().__init__()
-        self.weight = parameters["weight"]
-        self._scheme = scheme
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gathered logits; `Tensor1D.output` with targets never gathers them."""
-        return self._scheme.output(x, self.weight, None, 0)
+        return _reduce(own_rows(tokens, self.weight, self._axis), self._axis, self._sequence)
 
 
 class VocabularyProducts:
@@ -190,7 +173,7 @@ class Tensor1D:
         if role == "vocab" and isinstance(module, nn.Embedding):
             return VocabularyParallelEmbedding(parameters, self.axis, self.sequence)
         if role == "vocab":
-            return VocabularyParallelLinear(parameters, self)
+            return CalledHead(parameters, self)
         if role == "position" and self.sequence:
             return SequencePosition(parameters, self.axis)
         return module

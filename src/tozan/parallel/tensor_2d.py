@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tozan.comm import Axis, Mesh, functions
@@ -28,9 +27,9 @@ from tozan.errors import Problem, UserError
 from tozan.layout import Role
 from tozan.ops.products import compute_dtype
 from tozan.parallel.norms import ShardedNorm
-from tozan.parallel.scheme import Parameters
+from tozan.parallel.scheme import CalledHead, Parameters
 from tozan.parallel.summa import Grid, product_nn, product_nt, product_tn, summa, summa_nt
-from tozan.parallel.vocabulary import sharded_cross_entropy
+from tozan.parallel.vocabulary import own_rows, sharded_cross_entropy
 
 SAMPLES, WIDTH = 0, -1
 """The dims of (B, T, D) that are sharded."""
@@ -71,23 +70,8 @@ class GridEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """All tokens (B, T) int64 to (B/qd, T, D/q)."""
         row = self._scheme.grid.row
-        index = self._scheme.own_grid(tokens) - row.index * self.weight.shape[0]
-        elsewhere = (index < 0) | (index >= self.weight.shape[0])
-        found = F.embedding(index.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0.0)
+        found = own_rows(self._scheme.own_grid(tokens), self.weight, row)
         return functions.reduce_scatter_to(found, row, dim=SAMPLES, name="embedding")
-
-
-class GridHead(nn.Module):
-    """An output head that is called as a layer: (B/qd, T, D/q) to all logits (B, T, V), on every rank."""
-
-    def __init__(self, parameters: Parameters, scheme: Tensor2D) -> None:
-        super().__init__()
-        self.weight = parameters["weight"]
-        self._scheme = scheme
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gathered logits; `Tensor2D.output` with targets never gathers them."""
-        return self._scheme.output(x, self.weight, None, 0)
 
 
 class GridProducts:
@@ -142,7 +126,7 @@ class Tensor2D:
         if role == "norm":
             return ShardedNorm(module, parameters, self.grid.column)
         if role == "vocab":
-            return GridEmbedding(parameters, self) if isinstance(module, nn.Embedding) else GridHead(parameters, self)
+            return GridEmbedding(parameters, self) if isinstance(module, nn.Embedding) else CalledHead(parameters, self)
         module.weight = parameters["weight"]
         return module
 

@@ -1,4 +1,4 @@
-"""Cross-entropy where every rank has the logits of its part of the vocabulary only; they are never gathered.
+"""Embedding and cross-entropy where every rank has its part of the vocabulary only; logits are never gathered.
 
 A rank's logits give, per token, their largest, the sum of their exponentials and, if it is among them, the target's.
 These three numbers are all that the ranks exchange (Megatron, arXiv 1909.08053, section 3, exchanges as many in three
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,6 +40,19 @@ class Head(Protocol):
 
     def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Gᵀ·X: the gradient of W."""
+
+
+def own_rows(tokens: Tensor, weight: Tensor, axis: Axis) -> Tensor:
+    """Looks tokens up in this rank's rows of an embedding; other ranks' tokens give zeros, so that a sum has all.
+
+    Args:
+        tokens: int64 ids of the whole vocabulary.
+        weight: this rank's equal part of the rows.
+        axis: the axis that the rows are sharded over.
+    """
+    index = tokens - axis.index * weight.shape[0]
+    elsewhere = (index < 0) | (index >= weight.shape[0])
+    return F.embedding(index.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0.0)
 
 
 def sharded_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, head: Head, vocabulary: int) -> Tensor:
