@@ -13,10 +13,11 @@ from tozan.ops import native
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
     """What `rotate` computes, in plain PyTorch."""
-    first, second = x[..., :turned, :].chunk(2, dim=-1)
+    part, rest = x.split([turned, x.shape[-2] - turned], dim=-2)
+    first, second = part.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return rotated if turned == x.shape[-2] else torch.cat((rotated, x[..., turned:, :]), dim=-2)
+    return torch.cat((rotated, rest), dim=-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
