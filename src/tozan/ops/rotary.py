@@ -13,7 +13,7 @@ from tozan.ops import native
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
     """What `rotate` computes, in plain PyTorch."""
-    part, rest = x.split([turned, x.shape[-2] - turned], dim=-2)
+    part, rest = torch.split(x, [turned, x.shape[-2] - turned], dim=-2)
     first, second = part.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
