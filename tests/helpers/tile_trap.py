@@ -1,4 +1,4 @@
-"""Products on AMX tiles on any processor with AVX-512: the machine code itself, its AMX instructions in software."""
+"""Kernels on AMX tiles on any processor with AVX-512: the machine code itself, its AMX instructions in software."""
 
 import ctypes
 import functools
@@ -16,14 +16,14 @@ HERE = tiles._units() >= tiles.UNITS
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The products on tiles, compiled for this processor as if it had AMX."""
+def library(task: tiles.Task) -> ctypes.CDLL:
+    """Products or attention on tiles, compiled for this processor as if it had AMX."""
     if native._products() is None:
-        pytest.skip("matrix products need AVX-512 with bf16")
-    found, why = native.open_library(tiles.SOURCE, ["-mamx-tile", "-mamx-bf16"])
+        pytest.skip("kernels on tiles need AVX-512 with bf16, too")
+    found, why = native.open_library(tiles.SOURCES[task], ["-mamx-tile", "-mamx-bf16"])
     assert found is not None, why
     if HERE:
-        assert found.gemm_tiles_permitted()
+        assert found.tiles_permitted()
     return found
 
 

@@ -16,9 +16,10 @@ BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
     """The kernel is compiled here, and used whoever made the processor."""
-    if fused.library() is None:
+    if fused.on_vectors() is None:
         pytest.skip("no AVX-512 with bf16 here")
     monkeypatch.setattr(fused, "usable", lambda q: True)
+    monkeypatch.setattr(fused, "library", lambda dtype: fused.on_vectors())
 
 
 def close(found, expected, dtype):
@@ -68,6 +69,15 @@ def test_bits_depend_on_neither_threads_nor_memory_nor_other_heads(dtype):
     assert torch.equal(causal_attention(*some), y[1:, 3:])
 
 
+@pytest.mark.parametrize("tokens", [97, 600])
+def test_threads_that_share_a_head_make_the_bits_of_one(tokens):
+    tensors = inputs(torch.bfloat16, tokens, 2, 1, 32, batch=1)
+    alone = outcome(causal_attention, tensors)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, alone, outcome(causal_attention, tensors)))
+
+
 def test_nan_is_not_hidden():
     tensors = inputs(torch.bfloat16, 40, 1, 1)
     tensors[1].data[0, 0, 20] = float("nan")
@@ -78,8 +88,8 @@ def test_nan_is_not_hidden():
 
 def test_gradients_are_handed_on_without_a_copy(monkeypatch):
     x = torch.randn(2, 40, 8, 16).transpose(1, 2).requires_grad_()
-    made, arrived, parts = [], [], attention._parts
-    monkeypatch.setattr(attention, "_parts", lambda g, k: made.append(g.data_ptr()) or parts(g, k))
+    made, arrived, parts = [], [], attention.split_gradients
+    monkeypatch.setattr(attention, "split_gradients", lambda g, k: made.append(g.data_ptr()) or parts(g, k))
     x.register_hook(arrived.append)
     causal_attention(*split_heads(x, [4, 2, 2])).sum().backward()
     assert arrived[0].data_ptr() in made

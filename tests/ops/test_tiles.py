@@ -1,4 +1,4 @@
-"""Products on AMX tiles, on any machine: their machine code with AMX in software, and who may use them."""
+"""Products on AMX tiles, on any machine: their machine code with AMX in software; and who may use tiles for what."""
 
 import ctypes
 import json
@@ -11,7 +11,7 @@ import pytest
 import tile_trap
 import torch
 
-from tozan.ops import native, products, tiles, trial
+from tozan.ops import fused, native, products, tiles, trial
 from tozan.ops.tiles import Verdict
 
 INTRINSICS = """
@@ -27,7 +27,7 @@ void all(void *p) {
 @pytest.fixture
 def library():
     """Products on tiles that can be called."""
-    found = tile_trap.library()
+    found = tile_trap.library("products")
     with tile_trap.trapped() as counts:
         yield found
     assert tile_trap.HERE or counts["multiplied"] > 0
@@ -40,11 +40,12 @@ def instructions(path: Path) -> set[str]:
     return {" ".join(one.split()) for one in found if "tmm" in one or one.startswith(("tilerelease", "ldtilecfg"))}
 
 
-def test_the_machine_code_is_that_of_the_compilers_intrinsics(tmp_path):
+@pytest.mark.parametrize("task", tiles.TASKS)
+def test_the_machine_code_is_that_of_the_compilers_intrinsics(tmp_path, task):
     source, made = tmp_path / "all.c", tmp_path / "all.o"
     source.write_text(INTRINSICS)
     subprocess.run(["cc", "-O1", "-mamx-tile", "-mamx-bf16", "-c", str(source), "-o", str(made)], check=True)
-    ours, theirs = instructions(Path(tile_trap.library()._name)), instructions(made)
+    ours, theirs = instructions(Path(tile_trap.library(task)._name)), instructions(made)
     assert {one for one in ours if not one.startswith(("tileload", "tilestore", "ldtilecfg"))} == theirs
     assert len([one for one in theirs if one.startswith("tdpbf16ps")]) == 4
     loads = {one.rpartition(",")[2] for one in ours if one.startswith("tileloadd")}
@@ -106,10 +107,10 @@ def test_the_trial_sees_a_wrong_element(library, monkeypatch):
     assert trial.wrong(Spoilt(library), 1, ((37, 53, 41),)).startswith("wrong by ")
     monkeypatch.setattr(trial, "SIZES", ((37, 53, 41),))
     broken = Spoilt(library)
-    broken.gemm_tiles_permitted = lambda: 1
+    broken.tiles_permitted = lambda: 1
     found = tiles.judge(trial.run(broken, 2), 2)
     assert (found.use, found.failed) == (False, True)
-    broken.gemm_tiles_permitted = lambda: 0
+    broken.tiles_permitted = lambda: 0
     assert trial.run(broken, 2) == {"wrong": "Linux lets processes use no AMX tiles"}
 
 
@@ -117,6 +118,7 @@ def test_the_trial_sees_a_wrong_element(library, monkeypatch):
 def test_only_a_faster_kernel_is_used_as_it_is_fastest(fastest, use):
     said = {
         "wrong": "",
+        "rival": "PyTorch's rate",
         "directions": trial.DIRECTIONS,
         "torch": [1.0, 1.0, 4.0],
         "tiles": [[[12, True], [4.0, 4.0, 4.0]], [[99, False], [fastest] * 3]],
@@ -128,16 +130,16 @@ def test_only_a_faster_kernel_is_used_as_it_is_fastest(fastest, use):
 
 def test_one_process_tries_and_all_decide_alike(tmp_path, monkeypatch):
     tried = []
-    monkeypatch.setattr(tiles, "_try", lambda path: tried.append(path) or Verdict(True, f"trial {len(tried)}"))
+    monkeypatch.setattr(tiles, "_try", lambda path, task: tried.append(path) or Verdict(True, f"trial {len(tried)}"))
     path = tmp_path / "library.so"
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(tiles.decide, [path] * 4)) == {Verdict(True, "trial 1")}
+        assert set(pool.map(tiles.decide, [path] * 4, ["products"] * 4)) == {Verdict(True, "trial 1")}
     (kept,) = tmp_path.glob("*.json")
     assert torch.__version__ in kept.name
     kept.write_text("{")
-    assert tiles.decide(path).why == "trial 2"
+    assert tiles.decide(path, "products").why == "trial 2"
     kept.unlink()
-    assert tiles.decide(path).why == "trial 3"
+    assert tiles.decide(path, "products").why == "trial 3"
 
 
 @pytest.mark.parametrize(
@@ -153,11 +155,11 @@ def test_a_trial_that_dies_harms_nobody(tmp_path, monkeypatch, interpreter, why)
     path.write_text(f"#!/bin/sh\n{interpreter}\n")
     path.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(path))
-    assert tiles.decide(tmp_path / "library.so") == Verdict(False, why, failed=True)
+    assert tiles.decide(tmp_path / "library.so", "products") == Verdict(False, why, failed=True)
 
 
-def test_the_trial_runs_as_a_process(tmp_path):
-    found = tiles._try(Path(tile_trap.library()._name))
+def test_the_trial_runs_as_a_process():
+    found = tiles._try(Path(tile_trap.library("products")._name), "products")
     if tile_trap.HERE:
         assert not found.failed
     else:
@@ -168,6 +170,7 @@ def test_the_trial_runs_as_a_process(tmp_path):
 def pretend(monkeypatch):
     """A processor with tiles, as far as anyone asks."""
     assert native.status() == native.COMPILED
+    monkeypatch.setattr(fused, "on_vectors", lambda: None)
     monkeypatch.setattr(tiles, "_units", lambda: tiles.UNITS)
     monkeypatch.setattr(native, "products_pay", lambda: False)
     tiles._found.cache_clear()
@@ -177,33 +180,59 @@ def pretend(monkeypatch):
 
 
 def test_a_verdict_is_obeyed_and_told(pretend):
-    library = tile_trap.library()
+    library = tile_trap.library("products")
     pretend.setattr(native, "open_library", lambda source: (library, ""))
-    pretend.setattr(library, "gemm_tiles_permitted", lambda: 1, raising=False)
-    pretend.setattr(tiles, "decide", lambda path: Verdict(True, "1.30 times PyTorch's rate"))
-    assert tiles.library() is library
+    pretend.setattr(library, "tiles_permitted", lambda: 1, raising=False)
+    pretend.setattr(tiles, "decide", lambda path, task: Verdict(True, "1.30 times PyTorch's rate"))
+    assert tiles.library("products") is library
     assert products.pays(torch.bfloat16)
     assert not products.pays(torch.float32)
-    assert products.trouble(torch.bfloat16) == ""
+    assert tiles.trouble("products") == ""
     assert products.status(torch.bfloat16).startswith(
         "bf16 by tozan on AMX tiles: 1.30 times PyTorch's rate; others by"
     )
     assert products.status(torch.float32) == products.status(None) == "PyTorch's libraries"
     tiles._found.cache_clear()
-    pretend.setattr(tiles, "decide", lambda path: Verdict(False, "0.90 times PyTorch's rate"))
+    pretend.setattr(tiles, "decide", lambda path, task: Verdict(False, "0.90 times PyTorch's rate"))
     assert not products.pays(torch.bfloat16)
-    assert products.trouble(torch.bfloat16) == ""  # slower is nothing to warn of
+    assert tiles.trouble("products") == ""  # slower is nothing to warn of
     assert products.status(torch.bfloat16) == "PyTorch's libraries; tozan's on AMX tiles: 0.90 times PyTorch's rate"
 
 
+def test_attention_has_a_verdict_of_its_own(pretend):
+    library, q = tile_trap.library("attention"), torch.zeros(1, 1, 130, 64).bfloat16()
+    pretend.setattr(native, "open_library", lambda source: (library, ""))
+    pretend.setattr(library, "tiles_permitted", lambda: 1, raising=False)
+    found = {"products": Verdict(False, "0.90 times"), "attention": Verdict(True, "1.80 times the rate of blocks")}
+    pretend.setattr(tiles, "decide", lambda path, task: found[task])
+    assert fused.library(torch.bfloat16) is library
+    assert fused.usable(q)
+    assert not fused.usable(q.float())
+    assert not products.pays(torch.bfloat16)
+    assert fused.status(torch.bfloat16).startswith("bf16 by tozan on AMX tiles: 1.80 times the rate of blocks; others")
+    assert fused.status(torch.float32) == fused.status(None) == "PyTorch"
+    try:
+        tiles.allow(["products"])
+        assert not fused.usable(q)
+        assert fused.status(torch.bfloat16).endswith("other ranks of this run do not use AMX tiles")
+        tiles.allow(tiles.TASKS)
+        native.choose("plain")
+        assert not fused.usable(q)
+        assert fused.status(torch.bfloat16) == "plain PyTorch: asked for"
+    finally:
+        tiles.allow(tiles.TASKS)
+        native.choose("auto")
+
+
+@pytest.mark.parametrize("task", tiles.TASKS)
 @pytest.mark.parametrize("case", ["refused", "not compiled", "wrong"])
-def test_what_should_serve_and_does_not_is_warned_of(pretend, case):
-    library = tile_trap.library()
+def test_what_should_serve_and_does_not_is_warned_of(pretend, case, task):
+    library = tile_trap.library(task)
     opened = (None, "no compiler") if case == "not compiled" else (library, "")
     pretend.setattr(native, "open_library", lambda source: opened)
-    pretend.setattr(library, "gemm_tiles_permitted", lambda: 0, raising=False)
-    pretend.setattr(tiles, "decide", lambda path: Verdict(case != "wrong", "wrong by 1", failed=case == "wrong"))
-    assert tiles.library() is None
+    pretend.setattr(library, "tiles_permitted", lambda: 0, raising=False)
+    decided = Verdict(case != "wrong", "wrong by 1", failed=case == "wrong")
+    pretend.setattr(tiles, "decide", lambda path, task: decided)
+    assert tiles.library(task) is None
     why = {"refused": "Linux lets this process", "not compiled": "no compiler", "wrong": "wrong by 1"}[case]
-    assert products.trouble(torch.bfloat16).startswith(f"products on AMX tiles are not used: {why}")
-    assert products.trouble(torch.float32) == ""
+    assert tiles.trouble(task).startswith(f"{task} on AMX tiles: not used, {why}")

@@ -12,7 +12,7 @@ from ranks import spawn
 from tozan.comm import Mesh
 from tozan.errors import UserError
 from tozan.layout import Layout
-from tozan.ops import products, tiles
+from tozan.ops import tiles
 from tozan.ops.tiles import Verdict
 from tozan.train.machine import agree_on_tiles, choose_device, own_gpu
 
@@ -62,19 +62,21 @@ def test_each_rank_computes_on_a_gpu_of_its_own():
 
 
 def _uses_tiles(able):
-    """Whether this rank of two makes products on tiles, if the ranks `able` could; and what it warns of."""
+    """Whether this rank of two makes products and attention on tiles, if the ranks `able` could; what it warns of."""
     mesh = Mesh.create(Layout(dp=2))
-    found = (object(), Verdict(True, "faster")) if mesh.rank in able else (None, None)
-    with mock.patch.object(tiles, "_found", return_value=found):
+    found = {"products": (object(), Verdict(True, "faster")) if mesh.rank in able else (None, None)}
+    found["attention"] = (object(), Verdict(True, "faster"))
+    with mock.patch.object(tiles, "_found", found.get):
         agree_on_tiles(mesh)
-        said = tiles.library() is not None, products.trouble(torch.bfloat16)
-    tiles.allow(True)
+        said = tiles.library("products") is not None, tiles.trouble("products")
+        assert tiles.library("attention") is not None
+    tiles.allow(tiles.TASKS)
     return said
 
 
 def test_all_ranks_make_products_on_tiles_or_none():
     """Nodes may differ in what they have measured, if they share no cache."""
     assert spawn(2, _uses_tiles, (0, 1)) == [(True, "")] * 2
-    warning = "products on AMX tiles are not used: other ranks of this run do not use AMX tiles"
+    warning = "products on AMX tiles: not used, other ranks of this run do not use AMX tiles"
     assert spawn(2, _uses_tiles, (0,)) == [(False, warning), (False, "")]
     assert spawn(2, _uses_tiles, ()) == [(False, "")] * 2

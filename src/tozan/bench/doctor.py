@@ -26,7 +26,7 @@ from tozan.comm import Axis, Mesh, jobs, place
 from tozan.comm.collectives import barrier
 from tozan.errors import UserError
 from tozan.layout import Layout
-from tozan.ops import native, products
+from tozan.ops import fused, native, products
 from tozan.train import machine
 
 SIZES = (64 << 10, 1 << 20, 16 << 20)
@@ -228,6 +228,7 @@ def _process(measured: Measured) -> dict[str, Any]:
         "mallopt": machine.MALLOPT if measured.kept else {},
         "kernels": native.status(),
         "products": products.status(torch.bfloat16),
+        "attention": fused.status(torch.bfloat16),
         "arena": native.arena(),
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "",
     }

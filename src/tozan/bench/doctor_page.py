@@ -85,6 +85,7 @@ def _process(m: Mapping[str, Any], p: Mapping[str, Any], result: Result) -> Iter
     yield "compiler", p["compiler"] or "none: train.compile needs one, and kernels at their first use"
     yield "kernels", p.get("kernels", "not known")
     yield "products", p.get("products", "not known")
+    yield "attention", p.get("attention", "not known")
 
 
 def _variables(m: Mapping[str, Any], starts: tuple[str, ...]) -> str:

@@ -1,9 +1,9 @@
 """Causal attention: one kernel for each direction where there is one for the processor, else a few batched products.
 
-The kernel (`attention.cpp`, AVX-512 with bf16 dot products; fp32 and bf16) takes a head at a time through products and
-softmax, so that no scores ever leave the cache and only the causal half is computed. It keeps of each query the
-logarithm of the sum of its exponentials, from which backward makes the probabilities again, as FlashAttention-2 does
-(Dao, 2023, arXiv 2307.08691).
+The kernel (`attention.h`; on AVX-512 with bf16 dot products in fp32 and bf16, on AMX in bf16) takes a head at a time
+through products and softmax, so that no scores ever leave the cache and only the causal half is computed. It keeps of
+each query the logarithm of the sum of its exponentials, from which backward makes the probabilities again, as
+FlashAttention-2 does (Dao, 2023, arXiv 2307.08691).
 
 Elsewhere blocks of queries of all heads of a sample go through batched products, which PyTorch's libraries do at a
 higher rate than its own fused kernel does its small ones; backward makes the scores again from queries and keys.
@@ -66,31 +66,31 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The output and, for the kernel's backward pass, (B, H, T) logarithms of sums; without the kernel these are 0."""
     if fused.usable(q):
-        output, logs = _empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        output, logs = empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         fused.forward(q, k, v, output, logs)
         return output, logs
-    return _blocks(q, k, v), q.new_zeros(q.shape[:3], dtype=torch.float32)
+    return blocks(q, k, v), q.new_zeros(q.shape[:3], dtype=torch.float32)
 
 
 @operation("tozan::causal_attention_backward")
 def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor) -> Tensor:
     """Gradients of q, k and v, side by side for each token: (B, T, H + 2K, S)."""
-    gradients = _empty_gradients(q, k)
+    gradients = empty_gradients(q, k)
     if fused.usable(q):
-        fused.backward(dy, q, k, v, y, logs, _parts(gradients, k))
+        fused.backward(dy, q, k, v, y, logs, split_gradients(gradients, k))
     else:
-        _blocks_backward(dy, q, k, v, *_parts(gradients, k))
+        blocks_backward(dy, q, k, v, *split_gradients(gradients, k))
     return gradients
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return _empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @_backward.register_fake
 def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor) -> Tensor:  # noqa: ARG001
-    return _empty_gradients(q, k)
+    return empty_gradients(q, k)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -101,7 +101,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor,
 
 def _gradients(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, y, logs = ctx.saved_tensors
-    return _parts(_backward(dy, q, k, v, y, logs), k)
+    return split_gradients(_backward(dy, q, k, v, y, logs), k)
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
@@ -144,12 +144,12 @@ def _together(parts: tuple[Tensor, ...]) -> Tensor:
     return first.as_strided((first.shape[0], heads, *first.shape[2:]), first.stride(), first.storage_offset())
 
 
-def _empty_gradients(q: Tensor, k: Tensor) -> Tensor:
+def empty_gradients(q: Tensor, k: Tensor) -> Tensor:
     """Room for the gradients of q, k and v, as the projection that made them wants them."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1] + 2 * k.shape[1], q.shape[3])
 
 
-def _parts(gradients: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_gradients(gradients: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Those of q, k and v, each (B, heads, T, S)."""
     kv_heads = k.shape[1]
     sizes = [gradients.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
@@ -157,10 +157,10 @@ def _parts(gradients: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dq, dk, dv
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The output by batched products."""
     heads, tokens, size = q.shape[1:]
-    output = _empty_output(q)
+    output = empty_output(q)
     for sample in range(q.shape[0]):
         grouped = q[sample].view(k.shape[1], -1, tokens, size)
         keys, values = k[sample].contiguous(), v[sample].contiguous()
@@ -170,7 +170,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return output
 
 
-def _blocks_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+def blocks_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Writes the gradients of q, k and v, by batched products."""
     kv_heads, tokens, size = k.shape[1:]
     scale = 1.0 / math.sqrt(size)
@@ -190,7 +190,7 @@ def _blocks_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk
         dk[sample], dv[sample] = sum_k.mul_(scale), sum_v
 
 
-def _empty_output(q: Tensor) -> Tensor:
+def empty_output(q: Tensor) -> Tensor:
     """Room for the output (B, H, T, S) where the heads of a token lie side by side, as the next product wants them."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 

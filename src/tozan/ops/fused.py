@@ -1,4 +1,8 @@
-"""Causal attention by the kernel of `attention.cpp`: which tensors it takes, and how they are handed over."""
+"""Causal attention by a kernel (`attention.h`): which tensors it takes, and how they are handed over.
+
+There are two: `attention.cpp` on AVX-512, and `attention_tiles.cpp` on AMX where a trial found it right and faster than
+batched products (see `tiles`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tozan.ops import native
+from tozan.ops import native, tiles
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 LARGEST_HEAD = 512
@@ -32,15 +36,22 @@ class _Sizes(ctypes.Structure):
 
 
 def usable(q: Tensor) -> bool:
-    """Whether the kernel takes these queries, with keys and values of their type, and was measured to pay here.
-
-    Measured on AMD's Zen 4. Intel's processors with the same instructions have AMX beside them, which PyTorch's
-    libraries use for the products of blocks.
-    """
+    """Whether a kernel takes these queries, with keys and values of their type, and was measured to pay here."""
     if not native.usable(q) or not 0 < q.shape[-1] <= LARGEST_HEAD or q.numel() == 0:
         return False
-    found = library()
-    return found is not None and bool(found.attention_pays())
+    return library(q.dtype) is not None
+
+
+def status(dtype: torch.dtype | None) -> str:
+    """Who does causal attention in `dtype` on this processor, and why; None: it is done elsewhere."""
+    if native.status() != native.COMPILED:
+        return native.status()
+    found = tiles.verdict("attention") if dtype == torch.bfloat16 else None
+    if found and found.use:
+        return f"bf16 by tozan on AMX tiles: {found.why}; others by PyTorch"
+    if dtype and library(dtype):
+        return "fp32 and bf16 by tozan on AVX-512, others by PyTorch"
+    return f"PyTorch; tozan's on AMX tiles: {found.why}" if found else "PyTorch"
 
 
 def mean_keys(tokens: int) -> int:
@@ -48,14 +59,26 @@ def mean_keys(tokens: int) -> int:
     return min(tokens, (tokens + LANES) // 2)
 
 
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel for this type, if there is one that pays.
+
+    That of AVX-512 was measured on AMD's Zen 4. Intel's processors with its instructions have AMX beside them, which
+    PyTorch's libraries use for the products of blocks.
+    """
+    found = tiles.library("attention") if dtype == torch.bfloat16 else None
+    if found is None and (vectors := on_vectors()) is not None and vectors.attention_pays():
+        return vectors
+    return found
+
+
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The kernel, if it can be compiled and this processor has the instructions."""
+def on_vectors() -> ctypes.CDLL | None:
+    """The kernel on AVX-512, if it can be compiled and this processor has the instructions."""
     found = native.open_library(SOURCE)[0]
     return found if hasattr(found, "attention_pays") else None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor) -> None:
+def forward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor, *, kernel: ctypes.CDLL | None = None) -> None:
     """Writes the output, and what backward wants to know of each query.
 
     Args:
@@ -64,17 +87,27 @@ def forward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor) -> None:
         v: values (B, K, T, S), likewise.
         y: output (B, H, T, S); the elements of a head lie side by side.
         logs: (B, H, T), contiguous fp32: logarithms to base 2 of each query's sum of exponentials.
+        kernel: the library that does it; default: that of `library`.
     """
     taken = [_rows(t) for t in (q, k, v)]  # kept until the kernel is done
-    _call("attention", q, k, *map(_view, taken), _view(y), ctypes.c_void_p(logs.data_ptr()))
+    _call(kernel, "attention", q, k, *map(_view, taken), _view(y), ctypes.c_void_p(logs.data_ptr()))
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logs: Tensor, gradients: tuple[Tensor, Tensor, Tensor]
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    logs: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    *,
+    kernel: ctypes.CDLL | None = None,
 ) -> None:
     """Writes the gradients of q, k and v, whose heads' elements lie side by side, from that of the output."""
     taken = [_rows(t) for t in (q, k, v, y, dy)]
     _call(
+        kernel,
         "attention_backward",
         q,
         k,
@@ -84,9 +117,9 @@ def backward(
     )
 
 
-def _call(name: str, q: Tensor, k: Tensor, *arguments: object) -> None:
+def _call(kernel: ctypes.CDLL | None, name: str, q: Tensor, k: Tensor, *arguments: object) -> None:
     sizes = _Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3])
-    found = library()
+    found = kernel or library(q.dtype)
     assert found is not None
     with native.noted(f"tozan::{name}"):
         found[f"{name}_{_TYPES[q.dtype]}"](ctypes.byref(sizes), *arguments, ctypes.c_int(torch.get_num_threads()))

@@ -1,18 +1,16 @@
 // Matrix products on AMX: C (m, n) = A (m, k) · B (k, n), from bf16 (B also from fp32) to fp32 or bf16.
 //
-// A block of the result has 32 × 32 elements, in four tile registers; two hold 32 rows of A, two 32 columns of B, over
-// 32 elements along k. Both operands are packed (see panels.h), of A as many panels at a time as fit into the
-// second-level cache. Sums are added up in tiles in the order of k, in fp32: as in gemm.cpp an element's bits depend on
-// its row of A and its column of B alone.
+// A block of the result has 32 × 32 elements (see tile_blocks.h). Both operands are packed (see panels.h), of A as many
+// panels at a time as fit into the second-level cache. Sums are added up in tiles in the order of k, in fp32: as in
+// gemm.cpp an element's bits depend on its row of A and its column of B alone.
 
 #include "panels.h"
+#include "tile_blocks.h"
 #include "tiles.h"
 
 #if defined(PANELS) && defined(TILES)
 namespace {
 
-constexpr long EDGE = 2 * tiles::ROWS;      // rows and columns of a block, and elements along k of a step
-constexpr long STEP = EDGE * tiles::WORDS;  // words of a panel for one step along k
 constexpr long BLOCK_BYTES = 1280 << 10;    // of A's panels that stay in the second-level cache together
 constexpr long PACKED_BYTES = 16 << 20;     // of B's panels at once
 constexpr long STREAMED_BYTES = 2 << 20;    // of a result that no cache keeps until it is read
@@ -23,24 +21,6 @@ bool streams = true;      // whether large results are written past the caches
 
 thread_local Room room_for_sums;
 
-// Packs one tile of A: 16 rows (`here` of them there) × 16 words along k (`left` elements).
-inline void pack_tile(const bf16* p, long step, long stride, long here, long left, uint32_t* to) {
-    using W = Words<bf16, bf16>;
-    const __m512i nothing = _mm512_setzero_si512();
-    __m512i r[16];
-    if (step == 1) {  // neighbours along k lie a row apart
-        for (long l = 0; l < 32; ++l) _mm_prefetch((const char*)(p + (l + 32) * stride), _MM_HINT_T0);
-#pragma GCC unroll 16
-        for (long l = 0; l < 32; l += 2) r[l / 2] = l < left ? W::across(p + l * stride, stride, left - l, here) : nothing;
-        transpose(r);
-    } else {
-#pragma GCC unroll 16
-        for (long i = 0; i < 16; ++i) r[i] = i < here ? W::along(p + i * step, left) : nothing;
-    }
-#pragma GCC unroll 16
-    for (long i = 0; i < 16; ++i) _mm512_store_si512(to + 16 * i, r[i]);
-}
-
 // Packs rows `first` … `first + count` into panels of EDGE rows: of a panel, two tiles for each of `steps` along k. It
 // goes along whatever lies together in memory.
 void pack_rows(Operand<bf16> from, long first, long count, long steps, long k, uint32_t* to) {
@@ -49,7 +29,8 @@ void pack_rows(Operand<bf16> from, long first, long count, long steps, long k, u
     for (long t = 0; t < high * steps; ++t) {
         const long s = from.step == 1 ? t / high : t % steps, i = from.step == 1 ? t % high : t / steps;
         pack_tile(corner + i * tiles::ROWS * from.step + s * EDGE * from.stride, from.step, from.stride,
-                  count - i * tiles::ROWS, k - s * EDGE, to + (i / 2 * steps + s) * STEP + i % 2 * STEP / 2);
+                  count - i * tiles::ROWS, k - s * EDGE, to + (i / 2 * steps + s) * STEP + i % 2 * STEP / 2,
+                  tiles::WORDS);
     }
 }
 
@@ -62,25 +43,9 @@ void pack_columns(Operand<Element> from, long first, long count, long words, lon
 
 // Adds `steps` steps along k of a panel of A and one of B to `sums` (32 × 32), or begins with 0.
 inline void multiply(long steps, const uint32_t* a, const uint32_t* b, float* sums, bool begin) {
-    constexpr long A_STRIDE = tiles::WORDS * 4, STRIDE = EDGE * 4, RIGHT = tiles::WORDS, LOW = tiles::ROWS * EDGE;
-    if (begin) {
-        tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
-    } else {
-        tiles::load<0>(sums, STRIDE), tiles::load<1>(sums + RIGHT, STRIDE);
-        tiles::load<2>(sums + LOW, STRIDE), tiles::load<3>(sums + LOW + RIGHT, STRIDE);
-    }
-    for (long s = 0; s < steps; ++s, a += STEP, b += STEP) {
-        tiles::load<4>(a, A_STRIDE);
-        tiles::load<6>(b, STRIDE);
-        tiles::multiply_add<0, 4, 6>();
-        tiles::load<7>(b + RIGHT, STRIDE);
-        tiles::multiply_add<1, 4, 7>();
-        tiles::load<5>(a + STEP / 2, A_STRIDE);
-        tiles::multiply_add<2, 5, 6>();
-        tiles::multiply_add<3, 5, 7>();
-    }
-    tiles::store<0>(sums, STRIDE), tiles::store<1>(sums + RIGHT, STRIDE);
-    tiles::store<2>(sums + LOW, STRIDE), tiles::store<3>(sums + LOW + RIGHT, STRIDE);
+    begin_block(sums, EDGE * 4, !begin);
+    for (long s = 0; s < steps; ++s, a += STEP, b += STEP) step_block(a, a + STEP / 2, tiles::WORDS * 4, b);
+    end_block(sums, EDGE * 4);
 }
 
 // The first `columns` of 32 sums as they lie in the result; whole lines go past the caches, if `stream`.
@@ -177,9 +142,6 @@ PRODUCT(bfb, gemm, bf16, float, bf16)
 PRODUCT(bff, gemm, bf16, float, float)
 PRODUCT(bbb, gemm, bf16, bf16, bf16)
 PRODUCT(bbf, gemm, bf16, bf16, float)
-
-// Whether this process may use tile registers; asks for them.
-extern "C" int gemm_tiles_permitted() { return tiles::permitted(); }
 
 // Steps of 32 elements along k that are done at once, and whether large results are written past the caches.
 extern "C" void gemm_tiles_tune(long steps, int stream) { steps_at_once = steps, streams = stream != 0; }

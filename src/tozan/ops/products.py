@@ -42,25 +42,19 @@ def pays(dtype: torch.dtype) -> bool:
     On AVX-512 that was measured on AMD's Zen 4, where PyTorch's libraries, which are Intel's, leave a part of the rate;
     on AMX tiles, which take bf16 only, it is measured where they are.
     """
-    return (dtype == torch.bfloat16 and tiles.library() is not None) or native.products_pay()
+    return (dtype == torch.bfloat16 and tiles.library("products") is not None) or native.products_pay()
 
 
 def status(dtype: torch.dtype | None) -> str:
     """Who makes a linear layer's products in `dtype` on this processor, and why; None: they are made elsewhere."""
     if native.status() != native.COMPILED:
         return native.status()
-    found = tiles.verdict() if dtype == torch.bfloat16 else None
+    found = tiles.verdict("products") if dtype == torch.bfloat16 else None
     if found and found.use:
         return f"bf16 by tozan on AMX tiles: {found.why}; others by PyTorch's libraries"
     if dtype and native.products_pay():
         return "fp32 and bf16 by tozan on AVX-512, others by PyTorch's libraries"
     return f"PyTorch's libraries; tozan's on AMX tiles: {found.why}" if found else "PyTorch's libraries"
-
-
-def trouble(dtype: torch.dtype) -> str:
-    """Why products in `dtype` go without a kernel that should serve here, for a warning; empty if all is well."""
-    found = tiles.verdict() if dtype == torch.bfloat16 and native.usable() else None
-    return f"products on AMX tiles are not used: {found.why}" if found and found.failed else ""
 
 
 def product_reference(
@@ -106,7 +100,7 @@ def product(
     if variant not in native.PRODUCTS:  # fp32 operands with a bf16 result
         return product_reference(a, b, dtype, result, bias)
     full_bias = None if bias is None else bias.float().contiguous()
-    library = tiles.library() if dtype == torch.bfloat16 else None
+    library = tiles.library("products") if dtype == torch.bfloat16 else None
     native.product(variant, a, b, y, full_bias, add=into is not None, library=library)
     return y
 

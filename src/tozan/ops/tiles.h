@@ -65,4 +65,7 @@ inline void multiply_add() {
 }
 
 }  // namespace tiles
+
+// Each library's: whether this process may use tile registers; asks for them.
+extern "C" int tiles_permitted() { return tiles::permitted(); }
 #endif

@@ -1,9 +1,9 @@
-"""Whether matrix products of bf16 run on AMX tiles here: `gemm_tiles.cpp`, if it is right and faster than PyTorch.
+"""Whether matrix products and attention in bf16 run on AMX tiles here: where a kernel is right and faster than PyTorch.
 
-That is found out once for each cache of kernels, when the library has been compiled: a process of its own (`trial`),
-which may crash without harm, compares it with fp64 and times it beside PyTorch's libraries. What it found is kept
-beside the library, so all processes with that cache decide alike. Ranks with caches of their own agree at the start of
-a run (`train.machine`), since the bits of replicas must be the same.
+That is found out once for each cache of kernels, when a library has been compiled: a process of its own (`trial`,
+`trial_attention`), which may crash without harm, compares it with fp64 and times it beside what would be used without
+it. What it found is kept beside the library, so all processes with that cache decide alike. Ranks with caches of their
+own agree at the start of a run (`train.machine`), since the bits of replicas must be the same.
 """
 
 from __future__ import annotations
@@ -18,25 +18,31 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from tozan.cpuinfo import cpuinfo, flags
 from tozan.ops import native
 
-SOURCE = Path(__file__).with_name("gemm_tiles.cpp")
+Task = Literal["products", "attention"]
+TASKS: tuple[Task, ...] = get_args(Task)
+SOURCES: Mapping[Task, Path] = {
+    "products": Path(__file__).with_name("gemm_tiles.cpp"),
+    "attention": Path(__file__).with_name("attention_tiles.cpp"),
+}
+_TRIALS: Mapping[Task, str] = {"products": "tozan.ops.trial", "attention": "tozan.ops.trial_attention"}
 UNITS = {"amx_tile", "amx_bf16"}
 """Flags of a processor that has what is needed, as /proc/cpuinfo names them."""
 ADVANTAGE = 1.03
 """By how much the kernel must be faster than PyTorch's libraries: less is chance."""
 PATIENCE = 120.0
-"""Seconds that a trial may take; it needs about five."""
+"""Seconds that a trial may take; it needs two to five."""
 
-_allowed = True
+_allowed: frozenset[Task] = frozenset(TASKS)
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Verdict:
         use: whether the kernel is to be used.
         why: for people.
         failed: whether it is not used for another reason than its speed.
-        steps: of 32 elements along k that the kernel does at once.
-        stream: whether it writes large results past the caches.
+        steps: of 32 elements along k that the products' kernel does at once.
+        stream: whether that writes large results past the caches.
     """
 
     use: bool
@@ -58,43 +64,50 @@ class Verdict:
     stream: bool = True
 
 
-def allow(choice: bool) -> None:
-    """Use the kernel where it pays, as at the start, or not at all, because other ranks cannot."""
+def allow(tasks: Collection[Task]) -> None:
+    """Use kernels for these where they pay, as for all at the start; for others not at all: other ranks cannot."""
     global _allowed
-    _allowed = choice
+    _allowed = frozenset(tasks)
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled products, if they are to be used."""
-    return _found()[0] if _allowed else None
+def library(task: Task) -> ctypes.CDLL | None:
+    """The compiled kernels, if they are to be used."""
+    return _found(task)[0] if task in _allowed else None
 
 
-def verdict() -> Verdict | None:
+def verdict(task: Task) -> Verdict | None:
     """Why they are used or not; None where the processor has no such tiles."""
-    found = _found()[1]
-    if found and found.use and not _allowed:
+    found = _found(task)[1]
+    if found and found.use and task not in _allowed:
         return Verdict(False, "other ranks of this run do not use AMX tiles", failed=True)
     return found
 
 
+def trouble(task: Task) -> str:
+    """Why something goes without a kernel that should serve here, for a warning; empty if all is well."""
+    found = verdict(task) if native.usable() else None
+    return f"{task} on AMX tiles: not used, {found.why}" if found and found.failed else ""
+
+
 @functools.cache
-def _found() -> tuple[ctypes.CDLL | None, Verdict | None]:
+def _found(task: Task) -> tuple[ctypes.CDLL | None, Verdict | None]:
     if not _units() >= UNITS:
         return None, None
-    library, why = native.open_library(SOURCE)
+    library, why = native.open_library(SOURCES[task])
     if library is None:
         return None, Verdict(False, why, failed=True)
-    if not hasattr(library, "gemm_tiles_permitted"):
+    if not hasattr(library, "tiles_permitted"):
         return None, Verdict(False, "the compiler knows no AMX (GCC 11 and clang 12 do)", failed=True)
     try:
-        found = decide(Path(library._name))
+        found = decide(Path(library._name), task)
     except OSError as error:
         return None, Verdict(False, str(error), failed=True)
     if not found.use:
         return None, found
-    if not library.gemm_tiles_permitted():  # asked of Linux by every process, though the trial has got it
+    if not library.tiles_permitted():  # asked of Linux by every process, though the trial has got it
         return None, Verdict(False, "Linux lets this process use no AMX tiles", failed=True)
-    library.gemm_tiles_tune(ctypes.c_long(found.steps), ctypes.c_int(found.stream))
+    if task == "products":
+        library.gemm_tiles_tune(ctypes.c_long(found.steps), ctypes.c_int(found.stream))
     return library, found
 
 
@@ -103,13 +116,14 @@ def _units() -> set[str]:
     return flags(cpuinfo())
 
 
-def decide(path: Path) -> Verdict:
+def decide(path: Path, task: Task) -> Verdict:
     """What was found about a library; tries it, if nobody has yet.
 
     Of the processes of a node that ask together one tries, and the others wait. Without the file it is tried again.
 
     Args:
         path: of the library; the verdict is kept beside it, one for each version of PyTorch.
+        task: what it is for.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -118,7 +132,7 @@ def decide(path: Path) -> Verdict:
     with contextlib.nullcontext() if file.exists() else native.turn(file.with_suffix(f".{platform.node()}.lock"), file):
         if found := _read(file):
             return found
-        found = _try(path)
+        found = _try(path, task)
         made = file.with_suffix(f".{platform.node()}.{os.getpid()}")
         made.write_text(json.dumps(dataclasses.asdict(found), indent=1), encoding="utf-8")
         made.replace(file)
@@ -133,9 +147,9 @@ def _read(file: Path) -> Verdict | None:
         return None
 
 
-def _try(path: Path) -> Verdict:
+def _try(path: Path, task: Task) -> Verdict:
     """Runs the trial in a process of its own, on as many threads as this one has."""
-    command = [sys.executable, "-m", "tozan.ops.trial", str(path), str(torch.get_num_threads())]
+    command = [sys.executable, "-m", _TRIALS[task], str(path), str(torch.get_num_threads())]
     places = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     try:
@@ -154,15 +168,16 @@ def judge(trial: Mapping[str, Any], threads: int) -> Verdict:
     """A verdict from what a trial says.
 
     Args:
-        trial: `wrong`, what is wrong with the results, or else `seconds`: of PyTorch (`torch`) and of the kernel by
-            how it was set, [steps, stream], each a list by direction.
+        trial: `wrong`, what is wrong with the results, or else `directions` and, each a list by these, seconds: of
+            what is used without the kernel (`torch`, in words `rival`), and of the kernel by how it was set (`tiles`):
+            [steps, stream], or null if there is nothing to set.
         threads: that it ran on.
     """
     if trial["wrong"]:
         return Verdict(False, str(trial["wrong"]), failed=True)
     theirs = trial["torch"]
-    (steps, stream), ours = min(trial["tiles"], key=lambda one: sum(one[1]))
+    setting, ours = min(trial["tiles"], key=lambda one: sum(one[1]))
     gain = sum(theirs) / sum(ours)
     by = ", ".join(f"{name} {t / o:.2f}" for name, t, o in zip(trial["directions"], theirs, ours, strict=True))
-    why = f"{gain:.2f} times PyTorch's rate ({by}; {threads} thread{'s' if threads > 1 else ''})"
-    return Verdict(gain >= ADVANTAGE, why, False, int(steps), bool(stream))
+    why = f"{gain:.2f} times {trial['rival']} ({by}; {threads} thread{'s' if threads > 1 else ''})"
+    return Verdict(gain >= ADVANTAGE, why, False, *(setting or ()))

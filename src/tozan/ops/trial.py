@@ -116,14 +116,15 @@ def seconds(
     best = {setting: [float("inf")] * len(ours) for setting in SETTINGS}
     for _ in range(rounds):
         for i, (their, our) in enumerate(zip(theirs, ours, strict=True)):
-            best_theirs[i] = min(best_theirs[i], _timed(their))
+            best_theirs[i] = min(best_theirs[i], timed(their))
             for setting in SETTINGS:
                 set_to(library, *setting)
-                best[setting][i] = min(best[setting][i], _timed(our))
+                best[setting][i] = min(best[setting][i], timed(our))
     return best_theirs, list(best.items())
 
 
-def _timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
@@ -132,12 +133,12 @@ def _timed(function: Callable[[], object]) -> float:
 def run(library: ctypes.CDLL, threads: int) -> dict[str, Any]:
     """Compares, and times if all is right."""
     torch.set_num_threads(threads)
-    if not library.gemm_tiles_permitted():
+    if not library.tiles_permitted():
         return {"wrong": "Linux lets processes use no AMX tiles"}
     if found := wrong(library, threads):
         return {"wrong": found}
     theirs, ours = seconds(library)
-    return {"wrong": "", "directions": DIRECTIONS, "torch": theirs, "tiles": ours}
+    return {"wrong": "", "rival": "PyTorch's rate", "directions": DIRECTIONS, "torch": theirs, "tiles": ours}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def facts(result: Result) -> Table:
         ("load", f"{m['load']:.1f}"),
         ("threads that PyTorch starts with", str(process.get("threads", "—"))),
         ("products of linear layers", str(process.get("products", "—"))),
+        ("causal attention", str(process.get("attention", "—"))),
         ("allocator", ", ".join(m["preloaded"]) or f"the C library's, told to keep: {kept}"),
         ("interfaces", ", ".join(up) or "none"),
         ("launcher", str(result.facts.get("launcher", {}).get("launcher", "—"))),

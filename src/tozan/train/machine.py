@@ -93,15 +93,16 @@ def choose_device(name: str, mesh: Mesh | None = None) -> torch.device:
 
 
 def agree_on_tiles(mesh: Mesh) -> None:
-    """Have all ranks make their products in bf16 on AMX tiles, or none, since replicas need the same bits.
+    """Have all ranks do products, and attention, in bf16 on AMX tiles, or none, since replicas need the same bits.
 
     A collective. Ranks that share a cache of kernels agree anyway; of nodes with caches of their own each has timed the
     tiles for itself.
     """
-    tiles.allow(True)
+    tiles.allow(tiles.TASKS)
     if mesh.world_size > 1:
-        said = all_gather_texts("tiles" if tiles.library() else "", mesh.everyone, name="kernels")
-        tiles.allow(all(said))
+        able = " ".join(task for task in tiles.TASKS if tiles.library(task))
+        said = all_gather_texts(able, mesh.everyone, name="kernels")
+        tiles.allow([task for task in tiles.TASKS if all(task in text.split() for text in said)])
 
 
 def own_gpu(rank: int, seen: Sequence[tuple[str, list[str]]]) -> int | None:
@@ -151,7 +152,7 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float =
     ones for a square though not for a layer.
     """
     on_cpu = device.type == "cpu" and dtype == torch.bfloat16 and native.usable()
-    makers = (product_reference, product) if on_cpu and tiles.library() else (product,)
+    makers = (product_reference, product) if on_cpu and tiles.library("products") else (product,)
     generator = torch.Generator(device).manual_seed(0)
     size, best, end = 256, 0.0, math.inf
     a = b = torch.empty(0)

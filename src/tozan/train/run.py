@@ -22,7 +22,7 @@ from tozan.config import Config, Loaded
 from tozan.data import Dataset, Manifest
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters, resolve
-from tozan.ops import native, products
+from tozan.ops import fused, native, products, tiles
 from tozan.optim.adamw import SLOTS, AdamW
 from tozan.train import machine
 from tozan.train.checks import Checks
@@ -244,8 +244,8 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     )
     if config.train.kernels == "auto" and native.status() != native.COMPILED:
         run.notes.append(("kernels", native.status()))
-    elif device.type == "cpu" and (trouble := products.trouble(precision.dtype)):
-        run.notes.append(("kernels", trouble))
+    elif (device.type, config.train.precision) == ("cpu", "bf16"):
+        run.notes += [("kernels", trouble) for task in tiles.TASKS if (trouble := tiles.trouble(task))]
     torch.manual_seed(config.train.seed)
     resume(run)
     if run.writes:
@@ -299,6 +299,7 @@ def facts(run: Run) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": native.status(),
         "products": products.status(run.precision.dtype if run.device.type == "cpu" else None),
+        "attention": fused.status(run.precision.dtype if run.device.type == "cpu" else None),
         "allocator": native.arena(),
         "processes": run.split.mesh.world_size,
         "layout": run.config.layout.model_dump(),
