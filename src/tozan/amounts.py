@@ -24,6 +24,12 @@ def scaled(value: float, unit: str = "", digits: int = 3) -> str:
     return f"{value:.{digits}g} {unit}"
 
 
+def many(count: int, noun: str) -> str:
+    """A number of things: `1 rank`, `4,096 ranks`, `2 processes`."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def percent(share: float) -> str:
     """A share in three digits at most: `0.344` is `34.4%`."""
     return f"{100 * share:.3g}%" if math.isfinite(share) else UNKNOWN
@@ -49,3 +55,13 @@ def seconds(value: float) -> str:
     if 0 < value < 1e-3:
         return f"{1e6 * value:.3g} µs"
     return duration(value) if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def three(value: float) -> str:
+    """A number in three digits, without an exponent while it has a use: `1,360`, `23.4`, `0.052`."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def days(count: float) -> str:
+    """The length of a run: `126 days`, `2 h 05 min` where it is less than a day."""
+    return f"{three(count)} days" if count >= 1 else duration(86_400 * count)

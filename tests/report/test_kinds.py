@@ -84,7 +84,7 @@ def test_a_plans_page_says_what_it_holds(tmp_path):
     page = plan_page.page(plan_page.read(make_plan(tmp_path / "plan")))
     text = page.html()
     assert "126 days" in text
-    assert "107 to 151" in text
+    assert "107 days to 151 days" in text
     assert "pp4 dp12 tp2, micro-batch 1, ZeRO-1, recompute selective" in text
     assert "cost, JPY" in text
     assert "43.5 million" in text

@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch.nn import functional as F
 
+from tozan.amounts import many
 from tozan.bench import between, footprint, units
 from tozan.comm import processor
 from tozan.cpuinfo import cpuinfo
@@ -130,7 +131,7 @@ def toml(found: Measured) -> str:
     """A machine file of one node, with the time and the software as its source."""
     numbers = ", ".join(f"{name} = {rate:.4g}" for name, rate in found.peak.items())
     source = f"measured {time.strftime('%Y-%m-%d')} by tozan bench calibrate, torch {torch.__version__}, "
-    source += f"{torch.get_num_threads()} threads on {processor.name(cpuinfo())}"
+    source += f"{many(torch.get_num_threads(), 'thread')} on {processor.name(cpuinfo())}"
     whole = [row["rate"] for row in found.collectives if row["operation"] == "all_reduce"]
     bus = max(whole, default=found.bandwidth)
     lines = [

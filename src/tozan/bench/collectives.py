@@ -1,13 +1,6 @@
 """Bandwidth and latency of every collective of `tozan.comm`, between local processes or over a job's ranks.
 
-With B the bytes of the whole buffer (for all_gather the result, for shift what one rank passes on), n the ranks and t
-the seconds until the last rank is done:
-
-    algorithm bandwidth = B / t
-    bus bandwidth = B / t × factor;  factor: all_reduce 2(n-1)/n; all_gather, reduce_scatter, all_to_all (n-1)/n;
-                                     broadcast, shift 1
-
-as in nccl-tests, so that the bus bandwidth of a good algorithm does not depend on n. Latency is t of 8 bytes.
+What is meant by both stands in `NOTES`.
 """
 
 from __future__ import annotations
@@ -32,6 +25,13 @@ from tozan.comm.place import find
 from tozan.errors import Problem, UserError
 from tozan.layout import Layout
 
+NOTES = [
+    "bus bandwidth = factor × B / t: B are the bytes of the whole buffer (for all_gather the result, for shift what "
+    "one rank passes on), t the seconds until the last of n ranks is done",
+    "factor: 2(n-1)/n for all_reduce; (n-1)/n for all_gather, reduce_scatter and all_to_all; 1 for broadcast and "
+    "shift; as in nccl-tests, so that the bus bandwidth of a good algorithm does not depend on n",
+    "latency: t of 8 bytes",
+]
 FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -75,17 +75,16 @@ def run(work: Work) -> Result | None:
     if wrong:
         raise UserError(Problem("--operations", f"there is no {wrong[0]!r}", f"some of {', '.join(FACTORS)}"))
     place = find()
-    notes = [" ".join(line.strip() for line in (__doc__ or "").strip().splitlines()[2:])]
     if place.world_size > 1:
         with launch.join(Layout(dp=place.world_size)) as mesh:
             rows = seconds(mesh["dp"], work)
         if place.rank:
             return None
-        return measure.made("collectives", _rows(rows, place.launcher), vars(work), notes=notes)
+        return measure.made("collectives", _rows(rows, place.launcher), vars(work), notes=NOTES)
     found: list[dict[str, Any]] = []
     for ranks in work.ranks:
         found += spawn(ranks, _local, work)
-    return measure.made("collectives", _rows(found, work.interface), vars(work), notes=notes)
+    return measure.made("collectives", _rows(found, work.interface), vars(work), notes=NOTES)
 
 
 def _local(rank: int, ranks: int, folder: Path, work: Work) -> list[dict[str, Any]]:

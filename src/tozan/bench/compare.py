@@ -87,7 +87,7 @@ def _warnings(a: Result, b: Result) -> list[str]:
     found = []
     if a.kind != b.kind:
         found.append(f"one is of kind {a.kind}, the other of kind {b.kind}: only rows of the same name are compared")
-    for table in ("machine", "versions", "options"):
+    for table in ("machine", "versions", *(["options"] if a.kind == b.kind else [])):
         mine, other = getattr(a, table), getattr(b, table)
         names = [name for name in {**mine, **other} if mine.get(name) != other.get(name) and name != "out"]
         found += [f"{table}: {name} is {mine.get(name)!r} against {other.get(name)!r}" for name in names]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tozan.amounts import many
 from tozan.bench import backends, collectives, hardware, measure, problems
 from tozan.bench.hardware import Hardware
 from tozan.bench.problems import Measured
@@ -86,7 +87,7 @@ def _compute(seen: Hardware, seconds: float) -> tuple[list[Row], Measured]:
                 rates = [measure.peaks([name], seconds)[name].measured for _ in range(3)]
             gemm[name, count] = median(rates)
             rows.append(
-                Row.of(f"matrix product {name} {count} threads", "FLOP/s", rates, precision=name, threads=count)
+                Row.of(f"matrix product {name} {many(count, 'thread')}", "FLOP/s", rates, precision=name, threads=count)
             )
     with measure.threads(seen.cores):
         rows.append(Row.of("memory copy", "bytes/s", measure.copy_rates(seconds)))

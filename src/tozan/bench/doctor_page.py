@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tozan.amounts import scaled
+from tozan.amounts import many, scaled
 from tozan.bench.result import Result
 from tozan.bench.show import binary, table
 
@@ -100,7 +100,7 @@ def _network(m: Mapping[str, Any], launcher: Mapping[str, Any]) -> Iterable[tupl
             yield one["name"], f"{', '.join(one['addresses']) or 'no address'}; {speed}, MTU {one['mtu']:,}"
     yield "/dev/shm", binary(m["shared_memory"])
     given = launcher["allocation"]
-    where = f"{given['launcher']} allocation of {given['nodes']} nodes" if given else "no allocation"
+    where = f"{given['launcher']} allocation of {many(given['nodes'], 'node')}" if given else "no allocation"
     who = "no launcher" if launcher["launcher"] == "none" else f"started by {launcher['launcher']}"
     yield "job", f"{who}, {where}; installed: {', '.join(launcher['installed']) or 'none'}"
 
@@ -127,7 +127,7 @@ def _products(result: Result) -> Table:
         peak = result.peaks.get(name)
         nominal = scaled(peak.nominal, "FLOP/s") if peak and peak.nominal else "—"
         lines.append((name, *(scaled(rates[name, count], "FLOP/s") for count in threads), nominal))
-    headings = ("", *(f"{count} thread{'s' if count > 1 else ''}" for count in threads), "nominal")
+    headings = ("", *(many(count, "thread") for count in threads), "nominal")
     return table(headings, lines)
 
 
@@ -153,7 +153,7 @@ def _problems(problems: Iterable[Mapping[str, Any]]) -> list[object]:
     found = list(problems)
     if not found:
         return [Text("no problem found", style="bold green")]
-    parts: list[object] = [Text(f"{len(found)} problem{'s' if len(found) > 1 else ''}", style="bold red")]
+    parts: list[object] = [Text(many(len(found), "problem"), style="bold red")]
     for one in found:
         cost = f"{one['cost']} ({one['source']})"
         grid = Table.grid(padding=(0, 2))

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from tozan.amounts import percent, scaled
+from tozan.amounts import many, percent, scaled
 from tozan.bench import measure
 from tozan.bench.result import Peak, Result, Row
 from tozan.bench.show import foot, head, table
@@ -248,7 +248,7 @@ def _row(
     element = measure.DTYPES[precision].itemsize
     rate = median(rates)
     return Row.of(
-        f"{one.name} {one.direction} {one.label} {precision} {threads} threads{split}",
+        f"{one.name} {one.direction} {one.label} {precision} {many(threads, 'thread')}{split}",
         "FLOP/s",
         rates,
         product=one.name,
@@ -300,7 +300,7 @@ def page(result: Result) -> list[object]:
             if (row["precision"], row["threads"], row["tensor"]) == (precision, threads, tensor)
         ]
         split = f", the part of one rank of {tensor}" if tensor > 1 else ""
-        parts += ["", f"{precision}, {threads} thread{'s' if threads > 1 else ''}{split}", _products(rows)]
+        parts += ["", f"{precision}, {many(threads, 'thread')}{split}", _products(rows)]
     return [*parts, "", foot(result)]
 
 

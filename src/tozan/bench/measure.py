@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import tozan
+from tozan.amounts import many
 from tozan.bench.result import Kind, Peak, Result, Row
 from tozan.comm import processor
 from tozan.train import machine
@@ -83,7 +84,9 @@ def made(kind: Kind, rows: list[Row], options: Mapping[str, Any], **fields: Any)
     notes += [f"no nominal peak: {why}" for why in sorted(unknown)]
     load = os.getloadavg()[0]
     if load > processor.cores() + 1:
-        notes.append(f"the machine was busy: load {load:.1f} on {processor.cores()} cores, so times are too long")
+        notes.append(
+            f"the machine was busy: load {load:.1f} on {many(processor.cores(), 'core')}, so times are too long"
+        )
     return Result(
         kind=kind,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

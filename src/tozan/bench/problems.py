@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from tozan.amounts import percent, scaled
+from tozan.amounts import many, percent, scaled
 from tozan.bench.hardware import Hardware
 
 HERE = "measured here"
@@ -107,7 +107,7 @@ def _affinity(machine: Hardware, measured: Measured) -> Iterator[Trouble]:
         factor, source = machine.machine_cores / machine.cores, "cores of the machine over cores of this process"
     yield Trouble(
         "affinity",
-        f"this process may run on {machine.cores} of {machine.machine_cores} cores",
+        f"this process may run on {machine.cores} of {many(machine.machine_cores, 'core')}",
         f"matrix products would be {factor:.2f}× faster on all of them",
         source,
         fixes.get(measured.launcher, f"taskset -cp 0-{machine.online - 1} $$"),
@@ -134,7 +134,7 @@ def _load(machine: Hardware, _: Measured) -> Iterator[Trouble]:
     if machine.load > 0.5 * machine.online:
         yield Trouble(
             "load",
-            f"{machine.load:.1f} other threads want to run on {machine.online} cores",
+            f"{machine.load:.1f} other threads want to run on {many(machine.online, 'hardware thread')}",
             f"a process with all cores gets 1/{factor:.1f} of them, and everything here is measured so",
             "(load average + own threads) / cores",
             "top -o %CPU   # see who they are, and wait or end them",

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any, Literal
 
 from tozan import data, files
-from tozan.amounts import percent, scaled
+from tozan.amounts import many, percent, scaled
 from tozan.bench import measure
 from tozan.bench.result import Peak, Result, Row
 from tozan.bench.show import foot, head, table
@@ -153,7 +153,7 @@ def _row(setup: Setup, jobs: Jobs, ranks: int, flags: Sequence[str], folder: Pat
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         end = " | ".join((done.stderr or done.stdout).strip().splitlines()[-4:])
-        raise UserError(Problem(f"{ranks} ranks", f"the job ended with {done.returncode}: {end}"))
+        raise UserError(Problem(many(ranks, "rank"), f"the job ended with {done.returncode}: {end}"))
     records = _records(folder)
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     sizes = Shape(**facts["shape"])
@@ -162,7 +162,7 @@ def _row(setup: Setup, jobs: Jobs, ranks: int, flags: Sequence[str], folder: Pat
     rate = tokens / median(took)
     names = {name for record in records for name in record["phases"]}
     return Row.of(
-        f"{setup.mode} {ranks} ranks",
+        f"{setup.mode} {many(ranks, 'rank')}",
         "s",
         took,
         ranks=ranks,
@@ -202,8 +202,9 @@ def _efficiencies(rows: Sequence[Row]) -> Iterator[Row]:
 def _notes(setup: Setup) -> Iterator[str]:
     yield f"FLOP/s = {FLOPS_FORMULA}"
     yield "efficiency = tokens/s per rank over those of the smallest job; the first step does not count"
-    if max(setup.ranks) > processor.cores():
-        yield f"{max(setup.ranks)} ranks share {processor.cores()} cores here: the curve shows overheads, not scaling"
+    cores = processor.cores()
+    if max(setup.ranks) > cores:
+        yield f"{max(setup.ranks)} ranks share {many(cores, 'core')} here: the curve shows overheads, not scaling"
 
 
 def page(result: Result) -> list[object]:
@@ -224,4 +225,4 @@ def page(result: Result) -> list[object]:
             )
         )
     headings = ("ranks", "step", "predicted", "tokens/s", "FLOP/s", "efficiency", "largest phases")
-    return [head(result), table(headings, lines), foot(result)]
+    return [head(result), table(headings, lines, wrap=len(headings) - 1), foot(result)]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tozan.amounts import percent, scaled
+from tozan.amounts import many, percent, scaled
 from tozan.bench.compare import Comparison
 from tozan.bench.result import Peak, Result
 
@@ -27,11 +27,11 @@ def binary(size: int) -> str:
     return f"{size} B"
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
-    """Rows under headings; all columns but the first `left` are set to the right."""
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, wrap: int = 0) -> Table:
+    """Rows under headings; all columns but the first `left` are set to the right, and column `wrap` alone may wrap."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for index, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if index < left else "right", no_wrap=index > 0, overflow="fold")
+        made.add_column(heading, justify="left" if index < left else "right", no_wrap=index != wrap, overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))
     return made
@@ -52,19 +52,20 @@ def show(*parts: object) -> None:
 def head(result: Result) -> str:
     """The first lines of a measurement: where and with what it was made."""
     machine = result.machine
-    where = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
+    where = f"{machine['processor']}, {many(machine['cores'], 'core')}, {machine['memory_bytes'] / 2**30:.0f} GiB"
     what = ", ".join(f"{name} {version}" for name, version in result.versions.items() if name in ("tozan", "torch"))
     lines = [f"{where}; {what}"]
     if result.peaks:
         lines.append("best GEMM: " + ", ".join(f"{name} {rate_of_peak(peak)}" for name, peak in result.peaks.items()))
     if result.bandwidth:
-        lines.append(f"memory: {scaled(result.bandwidth, 'bytes/s')} (copy, both ways counted)")
+        lines.append(f"memory: {scaled(result.bandwidth, 'B/s')} (copy, both ways counted)")
     return "\n".join(lines)
 
 
 def rate_of_peak(peak: Peak) -> str:
-    """A measured peak beside the nominal one: `420 GFLOP/s (92% of 456 nominal)`."""
-    share = f" ({percent(peak.measured / peak.nominal)} of {scaled(peak.nominal)} nominal)" if peak.nominal else ""
+    """A measured peak beside the nominal one: `420 GFLOP/s (92% of 456 GFLOP/s nominal)`."""
+    nominal = peak.nominal
+    share = f" ({percent(peak.measured / nominal)} of {scaled(nominal, 'FLOP/s')} nominal)" if nominal else ""
     return f"{scaled(peak.measured, 'FLOP/s')}{share}"
 
 

@@ -267,8 +267,8 @@ def page(result: Result) -> list[object]:
     )
     memory = (
         f"page faults per step: {step['minor_faults']:,} minor, {step['major_faults']:,} major; "
-        f"{step['allocations']:,} allocations of {scaled(step['allocated_bytes'], 'bytes')}; "
-        f"peak {scaled(step['peak_bytes'], 'bytes')}"
+        f"{step['allocations']:,} allocations of {scaled(step['allocated_bytes'], 'B')}; "
+        f"peak {scaled(step['peak_bytes'], 'B')}"
     )
     phases = ("phase", "measured", "spread", "GEMM", "memory", "rest", "of floor")
     return [head(result), table(phases, lines), said, memory, "", _products(result), foot(result)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tozan.amounts import many
 from tozan.chaos.faults import HARMLESS, MEMORY_LOST, NODE_LOST, REDONE, TWICE, Fault
 
 
@@ -110,7 +111,7 @@ class Report:
         report = Report(list(outcomes.values()), steps, lost, generations, seconds)
         report.differences += [f"fault {o.number} ({o.kind}) did not happen" for o in report.outcomes if o.step is None]
         report.differences += [
-            f"fault {o.number} ({o.kind}) in step {o.step} cost {o.lost} steps"
+            f"fault {o.number} ({o.kind}) in step {o.step} cost {many(o.lost, 'step')}"
             for o in report.outcomes
             if o.lost > (2 if o.kind in TWICE else 1) and o.kind not in MEMORY_LOST | NODE_LOST
         ]
@@ -142,8 +143,9 @@ class Report:
         peace, hurt = self.seconds
         lines += [
             "",
-            f"{len(self.outcomes)} faults over {self.steps:,} steps, {self.generations - 1} restarts, 0 manual actions",
-            f"{self.lost} steps done again: {self.useful:.1%} of the steps were useful",
+            f"{many(len(self.outcomes), 'fault')} over {self.steps:,} steps, "
+            f"{many(self.generations - 1, 'restart')}, 0 manual actions",
+            f"{many(self.lost, 'step')} done again: {self.useful:.1%} of the steps were useful",
             f"{peace:.0f} s in peace, {hurt:.0f} s under faults",
             *self.notes,
         ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tozan import data
+from tozan.amounts import many
 from tozan.chaos import faults as script
 from tozan.chaos import hosts as several_hosts
 from tozan.chaos.disk import Disk, mounted
@@ -129,12 +130,12 @@ def _train_twice(task: Task, count: int, seed: int, steps: int, say: Callable[[s
     out, network = task.out, task.network
     config = load(task.write_config("peace", steps), task.flags).config
     ranks = config.layout.processes
-    say(f"{steps:,} steps on {ranks} ranks{f' and {len(network.hosts)} hosts' if network else ''}, in peace")
+    say(f"{steps:,} steps on {many(ranks, 'rank')}{f' and {len(network.hosts)} hosts' if network else ''}, in peace")
     with _disk(task, "peace"):
         status, peace, _ = train(task, "peace", steps, ranks)
     if status:
         raise UserError(Problem(str(out), f"the peaceful run ended with {status}", f"see {out}/peace.log"))
-    say(f"  {peace:.0f} s; now with {count} faults")
+    say(f"  {peace:.0f} s; now with {many(count, 'fault')}")
     with _disk(task, "hurt") as disk:
         kinds = network.kinds() if network else script.KINDS
         plan = script.write(seed, count, steps, ranks, config.checkpoint.every, kinds, disk is not None)

@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal, get_args
 
+from tozan.amounts import many
 from tozan.comm.place import VARIABLE, expand_counts
 from tozan.errors import EXIT_AGAIN, EXIT_LOST, Problem, UserError
 from tozan.layout import walk
@@ -147,10 +148,14 @@ def problems(job: Job, launcher: str, given: Allocation | None = None) -> list[P
         found += _ignored(job, launcher, given)
     if job.ranks < 1 or job.nodes < 1 or job.ranks % job.nodes:
         nearest = max(1, round(job.ranks / max(1, job.nodes))) * max(1, job.nodes)
-        wrong(f"{job.ranks} ranks on {job.nodes} nodes: each node must get the same number", f"ask for {nearest} ranks")
+        what = f"{many(job.ranks, 'rank')} on {many(job.nodes, 'node')}: each node must get the same number"
+        wrong(what, f"ask for {many(nearest, 'rank')}")
         return found
     if job.cores and job.per_node > job.cores:
-        wrong(f"{job.per_node} ranks on nodes of {job.cores} cores: each needs one", "use more nodes or fewer ranks")
+        wrong(
+            f"{many(job.per_node, 'rank')} on nodes of {many(job.cores, 'core')}: each needs one",
+            "use more nodes or fewer ranks",
+        )
     if any("\n" in text for text in (*job.command, *job.stage, job.name, job.queue or "", job.account or "")):
         wrong("a line break in a name or an argument", "leave it out")
     if launcher == "pjm":
@@ -167,9 +172,12 @@ def problems(job: Job, launcher: str, given: Allocation | None = None) -> list[P
     if given.launcher != launcher:
         wrong(f"asked for {launcher} inside a {given.launcher} allocation", "leave the launcher out")
     if given.nodes != job.nodes:
-        wrong(f"asked for {job.nodes} nodes, the allocation has {given.nodes}", f"set nodes = {given.nodes}")
+        wrong(f"asked for {many(job.nodes, 'node')}, the allocation has {given.nodes}", f"set nodes = {given.nodes}")
     if given.ranks is not None and given.ranks != job.ranks:
-        wrong(f"asked for {job.ranks} ranks, the allocation has {given.ranks}", "change the layout or the allocation")
+        wrong(
+            f"asked for {many(job.ranks, 'rank')}, the allocation has {given.ranks}",
+            "change the layout or the allocation",
+        )
     return found
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from tozan.amounts import many
 from tozan.comm import binding, gloo, rendezvous
 from tozan.comm.collectives import CommunicationError
 from tozan.comm.ledger import Ledger
@@ -287,7 +288,7 @@ def _bind(place: Place, everyone: list[_Rank], threads: int) -> str:
     )
     binding.bind(chosen)
     torch.set_num_threads(threads or count_cores(chosen.cores, whole))
-    return f"{chosen}, {torch.get_num_threads()} threads"
+    return f"{chosen}, {many(torch.get_num_threads(), 'thread')}"
 
 
 def _leave(place: Place, store: Store) -> None:

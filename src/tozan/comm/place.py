@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from tozan.amounts import many
 from tozan.errors import Problem, UserError
 
 VARIABLE = "TOZAN_SECRET"
@@ -95,14 +96,15 @@ def check(world_size: int, place: Place, wanted_by: str = "layout") -> None:
     """
     if world_size == place.world_size:
         return
-    got = f"{place.world_size} rank{'s' if place.world_size > 1 else ''} started by {place.launcher}"
+    got = f"{many(place.world_size, 'rank')} started by {place.launcher}"
     if place.launcher == "none":
-        got = f"{place.world_size} process{'es' if place.world_size > 1 else ''}, started without a launcher"
+        got = f"{many(place.world_size, 'process')}, started without a launcher"
     raise UserError(
         Problem(
             wanted_by,
-            f"asks for {world_size} ranks, but there {'are' if place.world_size > 1 else 'is'} {got}",
-            f"start {world_size} ranks (tozan launch writes the command), or choose a layout of {place.world_size}",
+            f"asks for {many(world_size, 'rank')}, but there {'are' if place.world_size > 1 else 'is'} {got}",
+            f"start {many(world_size, 'rank')} (tozan launch writes the command), or choose a layout of "
+            f"{place.world_size}",
         )
     )
 

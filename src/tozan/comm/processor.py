@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tozan.amounts import many
 from tozan.cpuinfo import cores as cores  # rooms above find both here, too
 from tozan.cpuinfo import cpuinfo as cpuinfo
 from tozan.cpuinfo import flags, parse
@@ -172,8 +173,10 @@ def nominal(precision: str, threads: int, root: Path = Path("/")) -> Nominal:
     if hertz is None:
         return Nominal(None, f"the clock is not known: {how}")
     count = min(threads, cores(root))
-    many = f"{count} core{'s' if count > 1 else ''}"
-    return Nominal(count * each * hertz, f"{many} × {each} FLOP a cycle ({found.name}) × {hertz / 1e9:.2f} GHz ({how})")
+    return Nominal(
+        count * each * hertz,
+        f"{many(count, 'core')} × {each} FLOP a cycle ({found.name}) × {hertz / 1e9:.2f} GHz ({how})",
+    )
 
 
 def siblings(root: Path = Path("/")) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tozan.amounts import many
 from tozan.config.batch import neighbours
 from tozan.config.schema import Config
 from tozan.cpuinfo import cores, hardware_threads
@@ -89,7 +90,7 @@ def processes(config: Config, world_size: int, origin: Mapping[str, str]) -> Pro
     """The problem with a layout that needs another number of processes than a run has."""
     layout = config.layout
     sizes = [f"layout.{name} {getattr(layout, name)}" for name in SIZES if getattr(layout, name) > 1]
-    count = "1 process" if layout.processes == 1 else f"{layout.processes} processes"
+    count = many(layout.processes, "process")
     what = f"{' × '.join(sizes) or 'layout.data 1'} needs {count}, this run has {world_size}"
     others = layout.context * layout.tensor * layout.pipeline
     fix = f"start {count} (torchrun --nproc-per-node {layout.processes} -m tozan train ...)"
@@ -337,7 +338,7 @@ def threads_have_cores(config: Config) -> Iterator[Finding]:
     """More threads than cores take turns at the cores' multipliers, also where each has a hardware thread."""
     threads, here = config.train.threads, cores()
     if threads > here:
-        has = f"{here} core{'s' if here > 1 else ''}"
+        has = many(here, "core")
         if (shown := hardware_threads()) > here:
             has += f" ({shown} hardware threads, which share their cores' multipliers)"
         yield (

@@ -48,7 +48,7 @@ def preset_rows() -> Rows:
             count -= shape.vocabulary * shape.width * (1 if shape.tied else 2)
         words = f"{count:,}" + (" +" if model.vocabulary is None else "")
         heads = str(shape.heads) if shape.kv_heads == shape.heads else f"{shape.heads}/{shape.kv_heads} kv"
-        sizes = (str(shape.layers), str(shape.width), heads, f"{shape.sequence:,}")
+        sizes = (str(shape.layers), f"{shape.width:,}", heads, f"{shape.sequence:,}")
         vocabulary = f"{model.vocabulary:,}" if model.vocabulary else "tokenizer's"
         found.append((count, (name, words, shape.family, *sizes, vocabulary)))
     return [row for _, row in sorted(found)]

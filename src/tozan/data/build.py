@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tozan.amounts import many, scaled
 from tozan.data import manifest as layout
 from tozan.data.corpus import gather
 from tozan.data.document import Document
@@ -75,7 +76,8 @@ def build(
         spool.fill(_documents(sources, notes, on_event), limit)
         if not len(spool):
             raise UserError(Problem("sources", "there is no text in them", "name files or folders that hold text"))
-        on_event(f"{len(spool):,} documents, {spool.bytes / 1e6:,.1f} MB, {spool.duplicates:,} duplicates left out")
+        left_out = f"{many(spool.duplicates, 'duplicate')} left out"
+        on_event(f"{many(len(spool), 'document')}, {scaled(spool.bytes, 'B')}, {left_out}")
         splits = _splits(spool, validation, seed)
         chosen = given or _train(spool, splits["train"], vocabulary, on_event)
         recipe = {"seed": seed, "validation": validation, "shard_bytes": shard_bytes, **_made_of(spool, chosen)}
@@ -85,7 +87,9 @@ def build(
         files = scratch / "files"
         manifest = _fill(files, spool, splits, chosen, recipe, notes)
         publish(files, out, overwrite=overwrite)
-    on_event(f"{sum(entry.tokens for entry in manifest.shards):,} tokens in {len(manifest.shards)} shards: {out}")
+    on_event(
+        f"{sum(entry.tokens for entry in manifest.shards):,} tokens in {many(len(manifest.shards), 'shard')}: {out}"
+    )
     return manifest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tozan.amounts import many, scaled
 from tozan.data.manifest import Amount, Manifest
 from tozan.data.reader import Shard
 from tozan.data.tokenizer import Tokenizer
@@ -47,18 +48,18 @@ class Description:
         manifest = self.manifest
         lines = [f"{self.path}", f"corpus {manifest.corpus_sha256[:16]}…, tokenizer {manifest.tokenizer_sha256[:16]}…"]
         lines.append(f"vocabulary {manifest.vocabulary:,}, stored as {manifest.dtype}, seed {manifest.seed}")
-        lines += ["", f"{'split':<12}{'documents':>12}{'tokens':>16}{'MB of text':>12}{'bytes/token':>13}{'shards':>8}"]
+        lines += ["", f"{'split':<12}{'documents':>12}{'tokens':>16}{'text':>12}{'bytes/token':>13}{'shards':>8}"]
         for split, amount in manifest.splits.items():
             ratio = amount.bytes / max(1, amount.tokens)
             shards = len(manifest.of(split))
-            sizes = f"{amount.documents:>12,}{amount.tokens:>16,}{amount.bytes / 1e6:>12,.1f}"
+            sizes = f"{amount.documents:>12,}{amount.tokens:>16,}{scaled(amount.bytes, 'B'):>12}"
             lines.append(f"{split:<12}{sizes}{ratio:>13.2f}{shards:>8,}")
         lines += _table("licences", manifest.licences) + _table("sources", manifest.sources)
         if manifest.notes:
             lines += ["", "notes"] + [f"{count:>12,}  {note}" for note, count in manifest.notes.items()]
-        lines += ["", f"{'shard':<24}{'documents':>12}{'tokens':>16}{'MB':>9}"]
+        lines += ["", f"{'shard':<24}{'documents':>12}{'tokens':>16}{'size':>12}"]
         for shard in manifest.shards:
-            lines.append(f"{shard.name:<24}{shard.documents:>12,}{shard.tokens:>16,}{shard.size / 1e6:>9.1f}")
+            lines.append(f"{shard.name:<24}{shard.documents:>12,}{shard.tokens:>16,}{scaled(shard.size, 'B'):>12}")
         for excerpt in self.excerpts:
             lines += ["", f"--- {excerpt.name} ({excerpt.source}, {excerpt.licence})", excerpt.text.rstrip()]
         return "\n".join(lines)
@@ -99,4 +100,4 @@ def _excerpt(shard: Shard, document: int, tokenizer: Tokenizer, characters: int)
 
 def _table(title: str, amounts: dict[str, Amount]) -> list[str]:
     rows = sorted(amounts.items(), key=lambda row: -row[1].bytes)
-    return ["", title, *(f"{a.documents:>12,} documents {a.bytes / 1e6:>9,.1f} MB  {name}" for name, a in rows)]
+    return ["", title, *(f"{many(a.documents, 'document'):>21} {scaled(a.bytes, 'B'):>12}  {name}" for name, a in rows)]

@@ -119,7 +119,7 @@ class Manifest(_Record):
             record = json.loads(files.read(path))
         except FileNotFoundError:
             rule = "there is no finished data set here" if folder.is_dir() else "there is no such folder"
-            raise UserError(Problem(str(path), rule, "write one with `tozan data build`")) from None
+            raise UserError(Problem(str(folder), rule, "write one with `tozan data build`")) from None
         except OSError as error:
             raise UserError(Problem(str(path), f"cannot be read: {error.strerror}")) from None
         except (ValueError, RecursionError) as error:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tozan.amounts import days, many
 from tozan.errors import Problem, UserError
 from tozan.models.arithmetic import Shape, model_flops, parameters
 from tozan.planner import costs, export, show, stacks
@@ -287,7 +288,7 @@ def _out_of_reach(
         return Problem(where, what, f"see what is missing: tozan plan {result.model} --nodes {nodes}")
 
     def told(pair: tuple[int, Choice]) -> str:
-        return f"{pair[0]:,} nodes: {show.plain(pair[1].days)} days{_money(result, pair[1])}"
+        return f"{many(pair[0], 'node')}: {days(pair[1].days)}{_money(result, pair[1])}"
 
     soonest = min(rows, key=lambda pair: pair[1].days)
     nearest = [f"soonest is {told(soonest)}"]
@@ -296,7 +297,9 @@ def _out_of_reach(
         nearest.append(f"cheapest is {told(cheapest)}")
     late = deadline is not None and soonest[1].days > deadline
     fixes = [f"at most {result.tokens * deadline / soonest[1].days:.3g} tokens"] if late and deadline else []
-    fixes += [f"a budget of {soonest[1].cost:,.0f}"] if budget is not None and soonest[1].cost else []
+    in_time = [soonest] if late else [pair for pair in rows if deadline is None or pair[1].days <= deadline]
+    costs = [choice.cost for _, choice in in_time if choice.cost is not None]
+    fixes += [f"a budget of {ceil(min(costs)):,}"] if budget is not None and costs else []
     larger = "a larger --global-batch, which more nodes can share" if late else "a smaller model"
     return Problem(where, f"no number of nodes does it: {'; '.join(nearest)}", f"try {', '.join([*fixes, larger])}")
 
@@ -317,7 +320,7 @@ def _missed(result: Plan, deadline: float | None, budget: float | None) -> list[
     best = result.choices[0]
     missed = []
     if deadline is not None and best.days > deadline:
-        missed.append(f"Misses the deadline of {deadline:g} days: the best takes {show.plain(best.days)}.")
+        missed.append(f"Misses the deadline of {deadline:g} days: the best takes {days(best.days)}.")
     if budget is not None and best.cost is not None and best.cost > budget:
         missed.append(f"Exceeds the budget of {budget:,.0f}: the best costs {_money(result, best)[2:]}.")
     return [f"{' '.join(missed)} Leave --nodes out to find how many do."] if missed else []
@@ -334,7 +337,9 @@ def _fill(result: Plan, job: Job, nodes: int, options: Options | None) -> None:
     if not found.tried:
         raise UserError(
             Problem(
-                "--nodes", f"no layout of {result.model} uses {nodes} nodes", "fewer nodes or a larger global batch"
+                "--nodes",
+                f"no layout of {result.model} uses {many(nodes, 'node')}",
+                "fewer nodes or a larger global batch",
             )
         )
     result.nodes, result.tried, result.elapsed, result.fits = nodes, found.tried, found.elapsed, found.fitting > 0

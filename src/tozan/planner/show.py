@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tozan.amounts import days, many, three
 from tozan.models.arithmetic import parameters
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ def render(plan: Plan) -> Group:
     """The plan as Rich renderables."""
     shape, machine = plan.shape, plan.machine
     head = (
-        f"{plan.model}: {_many(parameters(shape))} parameters, {_many(plan.tokens)} tokens, "
+        f"{plan.model}: {_count(parameters(shape))} parameters, {_count(plan.tokens)} tokens, "
         f"{plan.steps:,} steps of {plan.global_batch:,} × {shape.sequence:,} tokens, {plan.precision}, {plan.stack}\n"
-        f"{machine.name}: {plan.nodes:,} nodes, {plan.nodes * machine.node.devices:,} devices of "
+        f"{machine.name}: {many(plan.nodes, 'node')}, {many(plan.nodes * machine.node.devices, 'device')} of "
         f"{machine.device.peak[plan.precision] / 1e12:.4g} TFLOP/s and {machine.device.memory / 1e9:.0f} GB\n"
     )
     parts: list[RenderableType] = [Text(head), _choices(plan), _breakdown(plan)]
@@ -68,28 +69,21 @@ def _choices(plan: Plan) -> Table:
     title = "Best layouts" if plan.fits else "Nothing fits; nearest layouts"
     table = Table(title=title, title_justify="left")
     table.add_column("layout", ratio=1)
-    for column in (
-        "s/step",
-        "80% interval",
-        "TFLOP/s",
-        "% peak",
-        "days",
-        "GB/device",
-        "MWh",
-        plan.machine.economy.currency,
-    ):
+    columns = ["s/step", "80% interval", "TFLOP/s", "% peak", "days", "GB/device", "MWh"]
+    priced = plan.machine.economy.price is not None
+    for column in [*columns, *([plan.machine.economy.currency] if priced else [])]:
         table.add_column(column, justify="right", no_wrap=True)
     for choice in plan.choices:
         table.add_row(
             name(choice),
-            plain(choice.seconds),
-            f"{plain(choice.low)}–{plain(choice.high)}",
-            plain(choice.flops / 1e12),
+            three(choice.seconds),
+            f"{three(choice.low)}–{three(choice.high)}",
+            three(choice.flops / 1e12),
             f"{choice.peak_share:.1%}",
-            plain(choice.days),
+            three(choice.days),
             f"{sum(choice.memory.values()) / 1e9:.1f}",
-            "–" if choice.megawatt_hours is None else plain(choice.megawatt_hours),
-            "–" if choice.cost is None else f"{choice.cost:,.0f}",
+            "–" if choice.megawatt_hours is None else three(choice.megawatt_hours),
+            *([] if choice.cost is None else [f"{choice.cost:,.0f}"]),
         )
     return table
 
@@ -106,7 +100,7 @@ def _breakdown(plan: Plan) -> Table:
         left = ("", "", "")
         if row < len(times):
             key, value = times[row]
-            left = (key, plain(value), f"{value / best.seconds:.1%}")
+            left = (key, three(value), f"{value / best.seconds:.1%}")
         right = (sizes[row][0], f"{sizes[row][1] / 1e9:.2f}") if row < len(sizes) else ("", "")
         table.add_row(*left, *right)
     return table
@@ -121,7 +115,7 @@ def _curve(kind: str, rows: list[dict[str, float]]) -> Table:
         table.add_row(
             f"{row['nodes']:,.0f}",
             f"{row['global_batch']:,.0f}",
-            plain(row["seconds"]),
+            three(row["seconds"]),
             f"{row['flops'] / 1e15:.4g}",
             f"{row['flops_per_device'] / 1e12:.3g}",
             f"{row['efficiency']:.0%}",
@@ -150,12 +144,7 @@ def _meanings(plan: Plan) -> str:
     return "; ".join(f"{key}: {MEANINGS[key]}" for key in used if key in MEANINGS) + "."
 
 
-def plain(value: float) -> str:
-    """Three digits, without an exponent: `0.0141`, `4.73`, `7,004`."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-
-
-def _many(count: float) -> str:
+def _count(count: float) -> str:
     """A count in three or four digits: `124M`, `26.27B`, `3.492T`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= size:
@@ -182,8 +171,8 @@ def config(plan: Plan) -> str:
     model = [f"{key} = {_toml(getattr(shape, key))}" for key in _MODEL_KEYS]
     accumulate = plan.global_batch // (one["dp"] * one["micro_batch"])
     lines = [
-        f"# {plan.model} on {plan.machine.name}, {plan.nodes} nodes: {name(best)}",
-        f"# predicted: {best.seconds:.3g} s a step ({best.low:.3g} to {best.high:.3g}), {best.days:.3g} days",
+        f"# {plan.model} on {plan.machine.name}, {many(plan.nodes, 'node')}: {name(best)}",
+        f"# predicted: {best.seconds:.3g} s a step ({best.low:.3g} to {best.high:.3g}), {days(best.days)}",
     ]
     if unsaid:
         lines.append(f"# this layout also needs {unsaid}, which the trainer cannot do yet")

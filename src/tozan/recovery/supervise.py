@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tozan.amounts import many
 from tozan.config import load
 from tozan.errors import Problem, UserError
 from tozan.recovery.agent import Agent, Policy
@@ -95,12 +96,12 @@ def note(log: Path, event: dict[str, Any]) -> None:
     elif event["event"] == "resumed":
         text = (
             f"generation {event['generation']} continues after step {event['step']} from {event['source']}, "
-            f"{event['lost']} steps lost, {event['seconds']:.1f} s"
+            f"{many(event['lost'], 'step')} lost, {event['seconds']:.1f} s"
         )
     elif event["event"] == "grows":
         text = f"a node has come, in step {event['step']}"
     elif event["event"] == "layout":
-        text = f"goes on with {event['ranks']} ranks {' '.join(event['flags'])}"
+        text = f"goes on with {many(event['ranks'], 'rank')} {' '.join(event['flags'])}"
     else:
         text = f"step {event['step']} rescued from memory: {'yes' if event['whole'] else 'no'}"
     print(f"tozan: {text}", file=sys.stderr, flush=True)

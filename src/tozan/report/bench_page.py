@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tozan.amounts import percent, scaled, seconds
+from tozan.amounts import percent, scaled, seconds, three
 from tozan.bench.result import Result, Row, read
 from tozan.errors import Problem, UserError
 from tozan.report import doctor_tables
@@ -13,7 +13,7 @@ from tozan.report.drawing import Figure
 from tozan.report.figures import kernels, rates, scaling, steps
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, plain, three
+from tozan.report.words import Tile, plain
 
 KINDS = {
     "gemm": "matrix products of a step",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tozan.amounts import many, three
 from tozan.bench.result import Result
 from tozan.report.page import Table
-from tozan.report.words import three
 
 VERDICTS = {"ok": "yes", "no": "—"}
 GIB = 2**30
@@ -16,12 +16,14 @@ def summary(result: Result) -> str:
     """The machine and the number of problems, in a sentence."""
     m = _hardware(result)
     found = len(result.problems)
-    problems = "No problem was found." if not found else f"{found} problem{'s were' if found > 1 else ' was'} found."
+    problems = (
+        f"{many(found, 'problem')} {'was' if found == 1 else 'were'} found." if found else "No problem was found."
+    )
     if not m:
         return problems
     units = ", ".join(m["units"]) or "no matrix or vector unit that is known here"
     cores = m.get("cores", m["affinity"])  # files of before counted hardware threads
-    return f"{m['processor']}, {cores} core{'s' if cores > 1 else ''} for this process, with {units}. {problems}"
+    return f"{m['processor']}, {many(cores, 'core')} for this process, with {units}. {problems}"
 
 
 def advice(result: Result) -> list[str]:

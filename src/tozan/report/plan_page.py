@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tozan.amounts import percent, scaled, seconds
+from tozan.amounts import days, many, percent, scaled, seconds, three
 from tozan.errors import Problem, UserError
 from tozan.planner.losses import Losses
 from tozan.report.drawing import Figure
@@ -16,7 +16,7 @@ from tozan.report.figures.plans import size
 from tozan.report.figures.torus import torus as torus_map
 from tozan.report.page import Page, Table
 from tozan.report.run_page import value_text
-from tozan.report.words import Tile, amount, three
+from tozan.report.words import Tile, amount
 from tozan.schedules import Action, Step
 
 HEAD = ("layout", "s/step", "80% interval", "TFLOP/s per device", "of peak", "days", "memory", "MWh")
@@ -54,7 +54,7 @@ def page(plan: Plan) -> Page:
     model, machine = str(plan["model"]), str(plan["machine"])
     return Page(
         kind="tozan plan",
-        title=f"{model} on {plan['nodes']:,} nodes",
+        title=f"{model} on {many(plan['nodes'], 'node')}",
         when=machine,
         tiles=_tiles(plan, best),
         summary=_summary(plan, best, names),
@@ -177,7 +177,7 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
             seconds(float(best["seconds"])),
             f"{seconds(float(best['low']))} to {seconds(float(best['high']))}",
         ),
-        Tile("The run", f"{three(float(best['days']))} days", f"{amount(float(plan['tokens']))} tokens"),
+        Tile("The run", days(float(best["days"])), f"{amount(float(plan['tokens']))} tokens"),
         Tile(
             "Speed",
             scaled(float(best["flops_per_device"]), "FLOP/s"),
@@ -195,8 +195,8 @@ def _tiles(plan: Plan, best: Mapping[str, Any]) -> list[Tile]:
 def _summary(plan: Plan, best: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     low, high = (float(best[end]) / float(best["seconds"]) * float(best["days"]) for end in ("low", "high"))
     said = [
-        f"{plan['model']} trains on {amount(float(plan['tokens']))} tokens in {three(float(best['days']))} days "
-        f"({three(low)} to {three(high)}) on {plan['nodes']:,} nodes, laid out as {names[0]}."
+        f"{plan['model']} trains on {amount(float(plan['tokens']))} tokens in {days(float(best['days']))} "
+        f"({days(low)} to {days(high)}) on {many(plan['nodes'], 'node')}, laid out as {names[0]}."
     ]
     parts = sorted(best["breakdown"].items(), key=lambda item: -float(item[1]))[:3]
     shares = ", ".join(f"{name} {percent(float(value) / float(best['seconds']))}" for name, value in parts)

@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tozan.amounts import duration, percent
+from tozan.amounts import duration, many, percent
 from tozan.amounts import seconds as short
 from tozan.report import ranks
 from tozan.report.live import Live
@@ -107,7 +107,7 @@ class Watch:
 
     def _state(self) -> str:
         """How old the last record and the last checkpoint are."""
-        said = [f"{self._facts.get('processes', 1)} processes"]
+        said = [many(self._facts.get("processes", 1), "process")]
         age = time.time() - (self.run / "metrics.jsonl").stat().st_mtime
         if self.done:
             said.append("done")

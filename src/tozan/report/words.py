@@ -61,11 +61,6 @@ def time_tick(value: float, _: object = None) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value else "0"
 
 
-def three(value: float) -> str:
-    """A number in three digits, without an exponent while it has a use: `1,360`, `23.4`, `0.052`."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def middle(values: Array) -> float:
     """The median of the finite values, or NaN when there is none."""
     finite = values[np.isfinite(values)]

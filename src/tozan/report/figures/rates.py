@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 
-from tozan.amounts import percent, scaled, seconds
+from tozan.amounts import many, percent, scaled, seconds, three
 from tozan.bench.result import Result, Row
 from tozan.report.drawing import Figure, figure, rows_csv
 from tozan.report.marks import AMBER, BLUE, GREY, INK, MUTED, bare
-from tozan.report.words import three
 
 SHORTEST = 0.004
 """Of the longest bar: what is less is drawn so long, to be seen."""
@@ -104,9 +103,9 @@ def _label(row: Row) -> str:
     if row.get("operation"):
         route = {"lo": "loopback"}.get(row.get("route", ""), row.get("route"))
         parts = (row["operation"].replace("_", " "), f"over {route}" if route else "", row.get("dtype") or "")
-        return ", ".join(part for part in (*parts, f"{row['ranks']} ranks") if part)
+        return ", ".join(part for part in (*parts, many(row["ranks"], "rank")) if part)
     if row.get("threads"):
-        return f"{row['precision']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        return f"{row['precision']}, {many(row['threads'], 'thread')}"
     return row.name
 
 
