@@ -2,6 +2,7 @@
 #
 #   make demo             train a small model on text that this machine has, and write a page about it
 #   make test             everything that has to hold: lint, format, types, tests
+#   make test-gpu         the same of training on a GPU, on a machine that has one
 #
 # PYTHON=python3.12 chooses an interpreter; pip reads its own configuration and PIP_* variables as ever.
 # Where PyTorch's default build is the one for GPUs and none is wanted, point pip at PyTorch's index of CPU builds.
@@ -19,7 +20,7 @@ DEMO ?= runs/demo
 # pip would compile 13,000 modules one after the other; here all cores do. A few are templates, and no Python.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib src || true
 
-.PHONY: help demo test lint format types clean
+.PHONY: help demo test test-gpu lint format types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +46,9 @@ demo: $(VENV)/.installed
 
 test: lint types
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.installed-test
+	TOZAN_GPU_TESTS=1 $(BIN)/python -m pytest tests/train/gpu $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

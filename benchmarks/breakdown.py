@@ -27,9 +27,9 @@ from tozan import data
 from tozan.comm.ledger import Ledger
 from tozan.config import load
 from tozan.train.breakdown import Breakdown
+from tozan.train.clock import Clock
 from tozan.train.faults import Interrupted
 from tozan.train.loop import fit
-from tozan.train.metrics import Clock
 from tozan.train.run import assemble
 
 CONFIG = """

@@ -131,16 +131,18 @@ def peer_step(name: str, spec: Spec) -> Callable[[], tuple[int, float]]:
     """A step of a peer: returns its tokens and its loss."""
     torch.manual_seed(0)
     torch.set_num_threads(spec["threads"])
+    device = spec["device"]
     model, loss_of = PEERS[name](spec["shape"])
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if spec["compiled"] else model
     batches = iter(np.load(spec["batches"], mmap_mode="r"))
     bf16 = spec["precision"] == "bf16"
 
     def step() -> tuple[int, float]:
-        batch = torch.from_numpy(np.array(next(batches)))
+        batch = torch.from_numpy(np.array(next(batches))).to(device)
         tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             loss = loss_of(forward, tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -155,14 +157,16 @@ def tozan_step(flags: list[str]) -> tuple[Callable[[], tuple[int, float]], float
     """A step of a run that `tozan train` would assemble from these flags, and the best product's FLOP/s."""
     from tozan.config import load
     from tozan.train import assemble
-    from tozan.train.metrics import Clock
+    from tozan.train.clock import Clock
     from tozan.train.step import train_step
 
     run = assemble(load(None, flags))
+    clock = Clock(run.device)
 
     def step() -> tuple[int, float]:
-        while (result := train_step(run, Clock())).again:
+        while (result := train_step(run, clock)).again:
             pass  # it looked odd, and nothing was updated
+        clock.lap()
         run.step, run.samples = run.step + 1, run.samples + run.global_batch
         return result.tokens, result.loss
 
@@ -180,7 +184,10 @@ def main(name: str, spec: Spec) -> None:
     for _ in sys.stdin:
         begin = time.perf_counter()
         tokens, loss = step()
-        print(json.dumps({"seconds": time.perf_counter() - begin, "tokens": tokens, "loss": loss}), flush=True)
+        answer = {"seconds": time.perf_counter() - begin, "tokens": tokens, "loss": loss}
+        if spec["device"] == "cuda":
+            answer["gpu_memory"] = torch.cuda.max_memory_allocated()
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ def take_steps(path: Path, flags: list[str]) -> None:
     """One rank: the run's steps, and what they took."""
     from tozan.comm.launch import join
     from tozan.comm.processor import largest_resident_set
+    from tozan.train.clock import Clock
     from tozan.train.faults import StopSignal
     from tozan.train.loop import advance
-    from tozan.train.metrics import Clock
     from tozan.train.run import assemble
     from tozan.train.split import mesh_layout
     from tozan.train.step import train_step

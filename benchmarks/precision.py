@@ -21,7 +21,7 @@ from common import standard_text
 
 from tozan.config import load
 from tozan.train import assemble
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.step import train_step
 
 LAST = 20

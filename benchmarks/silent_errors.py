@@ -20,7 +20,7 @@ from pathlib import Path
 from tozan import data
 from tozan.comm import launch
 from tozan.config import load
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.run import assemble
 from tozan.train.split import mesh_layout
 from tozan.train.step import train_step

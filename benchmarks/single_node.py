@@ -10,9 +10,11 @@ groups of `--at-once`, as many as fit into memory, and each is compared with the
 order turns round with every round; the first rounds, in which compilers work and memory is new, do not count.
 
 A peer's name says how it is set up: `transformers` is what a newcomer starts, `+tcmalloc` preloads that allocator
-(Debian: libtcmalloc-minimal4), `+huge` asks PyTorch for huge pages, `+compiled` is torch.compile. `tozan+compiled` and
-`tozan+plain` (no kernels of its own) are sides, too. litgpt needs other packages: `--litgpt` names the interpreter of
-an environment that has it. The table's MFU is model FLOPs over the best rate of a product measured by tozan in the run.
+(Debian: libtcmalloc-minimal4), `+huge` asks PyTorch for huge pages, `+compiled` is torch.compile. `tozan+compiled`,
+`tozan+eager` and `tozan+plain` (no kernels of its own) are sides, too. With `--device cuda` all compute on one GPU;
+tozan repeats a step there to the bit unless it is `+free`, as peers are. litgpt needs other packages: `--litgpt` names
+the interpreter of an environment that has it. The table's MFU is model FLOPs over the best rate of a product measured
+by tozan in the run.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from tozan.models.arithmetic import model_flops
 from tozan.train import machine
 from tozan.train.run import open_data, shape_of
 
-SETTINGS = ("compiled", "tcmalloc", "huge", "plain")
+SETTINGS = ("compiled", "tcmalloc", "huge", "plain", "eager", "free")
 SIDES = [
     *("pytorch", "pytorch+tcmalloc", "pytorch+compiled+tcmalloc", "pytorch+compiled+tcmalloc+huge"),
     *("transformers", "transformers+tcmalloc", "transformers+compiled+tcmalloc"),
@@ -61,6 +63,7 @@ class Side:
     """CPU seconds used while others had their turn."""
     peak_flops: float | None = None
     tokens: int = 0
+    gpu_memory: int = 0
 
     def answer(self) -> dict[str, Any]:
         """The next line that the process says.
@@ -74,12 +77,15 @@ class Side:
                 return dict(json.loads(line))
         raise SystemExit(f"{self.name} has ended with status {self.process.wait()}")
 
-    def turn(self, counts: bool) -> None:
-        """Take one step."""
+    def ask(self) -> None:
+        """Have it take one step."""
         assert self.process.stdin is not None
         print(file=self.process.stdin, flush=True)
+
+    def take(self, counts: bool) -> None:
+        """What it says of the step."""
         found = self.answer()
-        self.tokens = found["tokens"]
+        self.tokens, self.gpu_memory = found["tokens"], found.get("gpu_memory", 0)
         self.losses.append(found["loss"])
         if counts:
             self.seconds.append(found["seconds"])
@@ -90,8 +96,10 @@ class Side:
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def peak_memory(self) -> int:
-        """Bytes of the largest resident set so far."""
-        return 1024 * int(Path(f"/proc/{self.process.pid}/status").read_text().split("VmHWM:")[1].split()[0])
+        """Bytes of the largest resident set so far, or of a GPU's memory held at most by tensors."""
+        return self.gpu_memory or 1024 * int(
+            Path(f"/proc/{self.process.pid}/status").read_text().split("VmHWM:")[1].split()[0]
+        )
 
     def end(self) -> None:
         """Let the process end."""
@@ -111,8 +119,10 @@ def configured(folder: Path, options: argparse.Namespace, settings: list[str]) -
         f"--train.micro_batch={options.micro_batch}",
         "--train.accumulate=1",
         f"--train.precision={options.precision}",
-        f"--train.compile={str('compiled' in settings).lower()}",
+        *([f"--train.compile={str('compiled' in settings).lower()}"] if {"compiled", "eager"} & {*settings} else []),
+        *(["--train.deterministic=false"] if "free" in settings else []),
         f"--train.threads={options.threads}",
+        f"--train.device={options.device}",
         f"--train.kernels={'plain' if 'plain' in settings else 'auto'}",
     ]
 
@@ -124,6 +134,7 @@ def start(name: str, folder: Path, options: argparse.Namespace, loaded: Loaded) 
         "shape": dataclasses.asdict(shape_of(loaded)),
         "batches": str(folder / "batches.npy"),
         "precision": options.precision,
+        "device": options.device,
         "compiled": "compiled" in settings,
         "threads": options.threads or cores(),
         "flags": configured(folder, options, settings),
@@ -146,9 +157,16 @@ def start(name: str, folder: Path, options: argparse.Namespace, loaded: Loaded) 
 def alternate(sides: list[Side], options: argparse.Namespace) -> None:
     """All rounds of a group; measures what sides use while they wait."""
     for number in range(options.warm_up + options.rounds):
+        if number == 0 and options.device == "cuda":  # compilers work on the processor, where there is room for all
+            for side in sides:
+                side.ask()
+            for side in sides:
+                side.take(counts=False)
+            continue
         for side in sides[:: -1 if number % 2 else 1]:
             waiting = [(other, other.cpu_seconds()) for other in sides if other is not side]
-            side.turn(counts=number >= options.warm_up)
+            side.ask()
+            side.take(counts=number >= options.warm_up)
             for other, before in waiting:
                 other.idle += other.cpu_seconds() - before
 
@@ -216,12 +234,13 @@ def main() -> None:
     parser.add_argument("--preset", default="gpt2-124m")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds of each group that do not count")
     parser.add_argument("--at-once", type=int, default=2, help="peers in memory beside tozan")
     parser.add_argument("--sides", nargs="*", default=SIDES, help="pytorch, transformers or litgpt, + settings")
-    parser.add_argument("--home", default="tozan", help="tozan, tozan+compiled or tozan+plain")
+    parser.add_argument("--home", default="tozan", help="tozan, with settings if wanted")
     parser.add_argument("--litgpt", help="the Python interpreter of an environment with litgpt")
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     options = parser.parse_args()

@@ -5,6 +5,10 @@ import os
 import pytest
 from hypothesis import settings
 
+# What is tested is the CPU, whatever this machine has; `make test-gpu` sees its GPUs.
+if os.environ.get("TOZAN_GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A shared machine may stall any example.
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")

@@ -157,7 +157,7 @@ def test_models_and_ops_import_torch_only() -> None:
         for module, _ in imports(path)
         if module.partition(".")[0] not in sys.stdlib_module_names
     }
-    assert foreign <= {"tozan", "torch"}
+    assert foreign <= {"tozan", "torch", "triton"}  # which comes with PyTorch where there are GPUs
 
 
 def test_command_line_starts_light() -> None:

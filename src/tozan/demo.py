@@ -23,7 +23,7 @@ from tozan.files import replace
 from tozan.models.generate import generate
 from tozan.report.live import Live
 from tozan.train import machine
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.step import train_step
 
 STANDARD_LIBRARY = "standard-library"
@@ -155,7 +155,7 @@ def _check_size(manifest: Manifest, corpus: str) -> None:
 def fastest_precision() -> str:
     """bf16 or fp32, whichever multiplies faster here: processors without bf16 instructions only imitate it."""
     device = machine.choose_device("auto")
-    machine.prepare(threads=0, deterministic=True)
+    machine.prepare(threads=0, deterministic=True, device=device)
     rates = {
         name: machine.measure_gemm_rate(dtype, device, seconds=0.3)
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))

@@ -14,7 +14,7 @@ def small_chunks(monkeypatch):
     """Several chunks and several blocks in each, the last ones uneven."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 16 * 101)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": 16 * 101})
     monkeypatch.setattr(cross_entropy, "_BLOCK_ELEMENTS", 5 * 101)
     yield
     torch.set_num_threads(threads)

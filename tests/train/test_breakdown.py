@@ -11,7 +11,7 @@ from tozan.comm import Mesh
 from tozan.comm.ledger import Ledger
 from tozan.config import load
 from tozan.train import fit
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.run import assemble
 from tozan.train.split import mesh_layout
 

@@ -13,8 +13,8 @@ from tozan.comm import Mesh
 from tozan.config import load
 from tozan.ops import checksums
 from tozan.train import SilentError, fit, train
+from tozan.train.clock import Clock
 from tozan.train.integrity import Watch, combine, held
-from tozan.train.metrics import Clock
 from tozan.train.run import assemble
 from tozan.train.split import mesh_layout
 from tozan.train.step import train_step

@@ -16,8 +16,8 @@ import pytest
 from tozan.comm.ledger import Ledger
 from tozan.errors import EXIT_LOST
 from tozan.train import train
+from tozan.train.clock import Clock
 from tozan.train.deadline import FACTOR, Deadline
-from tozan.train.metrics import Clock
 
 PHASES = ("data", "forward", "backward", "optimizer")
 

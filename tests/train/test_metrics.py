@@ -6,7 +6,8 @@ import pytest
 
 from tozan.config.schema import Config
 from tozan.errors import UserError
-from tozan.train.metrics import Clock, Jsonl, Metrics, Wandb, scalars
+from tozan.train.clock import Clock
+from tozan.train.metrics import Jsonl, Metrics, Wandb, scalars
 
 CONFIG = {"version": 1, "data": {"path": "x"}, "train": {"steps": 1}}
 

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from tozan import checkpoint, models
 from tozan.train import assemble, evaluate, fit
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.precision import Precision
 from tozan.train.step import own_micro_batches, train_step
 
@@ -67,7 +67,7 @@ def test_fp64_is_fp64_throughout(configure):
     """Gradients agree with PyTorch's own of an fp64 model to fp64's rounding, and a checkpoint keeps every bit."""
     run = assemble(configure("--train.precision=fp64", "--train.steps=3", "--optim.clip=0"))
     model = models.create(run.shape, run.config.train.seed).double()
-    batches, tokens = own_micro_batches(run)
+    batches, tokens = own_micro_batches(run, run.samples)
     loss = sum(cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum") for x, y in batches) / tokens
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()

@@ -10,7 +10,7 @@ import transformers
 from tozan.checkpoint import huggingface
 from tozan.optim.schedule import learning_rate
 from tozan.train import assemble
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.step import train_step
 
 

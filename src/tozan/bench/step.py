@@ -33,10 +33,10 @@ from tozan.models.traffic import step_bytes
 from tozan.optim.adamw import AdamW
 from tozan.train import Run, machine, profile
 from tozan.train.checks import Checks
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.precision import Precision
 from tozan.train.run import FLOPS_FORMULA
-from tozan.train.split import build, mesh_layout
+from tozan.train.split import build, compiled, mesh_layout
 from tozan.train.step import train_step
 
 VOCABULARY = 50_257
@@ -144,8 +144,9 @@ def assemble(config: Config, folder: Path, mesh: Mesh | None = None) -> Run:
     """The run of a config, as `tozan train` assembles it, on random tokens; without `mesh` by itself."""
     mesh = mesh or Mesh.create(mesh_layout(config))
     threads = config.train.threads if mesh.world_size == 1 else None
-    machine.prepare(threads, config.train.deterministic, config.train.kernels, compiled=config.train.compile)
     device = machine.choose_device(config.train.device)
+    train = config.train
+    machine.prepare(threads, train.deterministic, train.kernels, compiled=compiled(config, device), device=device)
     manifest = Path(config.data.path) / "manifest.json"
     shape = resolve(config.model, Manifest.read(manifest.parent).vocabulary if manifest.is_file() else VOCABULARY)
     precision = Precision(config.train.precision, device)
@@ -171,7 +172,7 @@ def assemble(config: Config, folder: Path, mesh: Mesh | None = None) -> Run:
 def lap(work: Run) -> Lap:
     """Take one step."""
     before = resource.getrusage(resource.RUSAGE_SELF)
-    clock = Clock()
+    clock = Clock(work.device)
     result = train_step(work, clock)
     seconds, phases = clock.lap()
     after = resource.getrusage(resource.RUSAGE_SELF)

@@ -27,7 +27,7 @@ import tozan.train.loop
 from tozan.chaos.faults import GRADIENTS, MEMORY_BITS, Fault, Marks
 from tozan.comm.ledger import Ledger
 from tozan.recovery.slots import Slots
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.outliers import ENOUGH
 
 _FILE_CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")

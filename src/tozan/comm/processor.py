@@ -179,6 +179,29 @@ def nominal(precision: str, threads: int, root: Path = Path("/")) -> Nominal:
     )
 
 
+GPUS = {
+    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12},
+    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12, "fp64": 51e12},
+    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12, "fp64": 67e12},
+    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12, "fp64": 67e12},
+    "V100": {"fp16": 125e12, "fp32": 15.7e12, "fp64": 7.8e12},
+}
+"""FLOP/s of dense products by what a GPU's name contains, from NVIDIA's datasheets; the first that fits counts."""
+
+
+def nominal_gpu(precision: str, device: str) -> Nominal:
+    """The peak of matrix products of a GPU.
+
+    Args:
+        precision: `fp64`, `fp32`, `bf16`, `fp16`.
+        device: what the GPU calls itself, such as `NVIDIA H100 80GB HBM3`.
+    """
+    found = next((name for name in GPUS if name in device), None)
+    if found is None or precision not in GPUS[found]:
+        return Nominal(None, f"not known how many {precision} FLOP/s a {device} does")
+    return Nominal(GPUS[found][precision], f"{found}, from its datasheet")
+
+
 def siblings(root: Path = Path("/")) -> int:
     """Hardware threads of a physical core."""
     try:

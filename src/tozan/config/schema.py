@@ -138,8 +138,9 @@ class Train(Table):
         list[Literal["none", "selective", "full"]], Field(max_length=10_000, examples=[["full", "none"]])
     ] = []
     """In place of `recompute`, one word for each pipeline stage: early stages hold the most micro-batches at once."""
-    compile: bool = False
-    """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer)."""
+    compile: bool | None = None
+    """Compile each block with torch.compile (needs a C++ compiler; the first step takes up to a minute longer).
+    Default: on a GPU, unless layout.zero is 3."""
     kernels: Literal["auto", "plain"] = "auto"
     """Operations compiled for this processor where there is a C++ compiler (`auto`), or those of PyTorch (`plain`)."""
     deterministic: bool = True
@@ -227,8 +228,9 @@ class Recovery(Table):
 class Checks(Table):
     """Silent errors and slow processes: what is watched for while training."""
 
-    memory: Literal["all", "rotating", "off"] = "all"
-    """Checksums of weights and optimizer state, compared before each update: of `all`, or of a tenth in turn."""
+    memory: Literal["all", "rotating", "off"] | None = None
+    """Checksums of weights and optimizer state, compared before each update: of `all`, or of a tenth in turn.
+    Default: all; on a GPU, whose memory corrects single bits itself, rotating."""
     outlier: Annotated[float, Field(ge=0.0, le=1e6)] = 10.0
     """Compute a step again whose loss or gradient norm is this many robust deviations above those before; 0: never."""
     recompute: CountOrNone = 0

@@ -8,7 +8,7 @@ The gradients are those of a summed loss (unit scale); backward only multiplies 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from tozan.ops.products import compute_dtype, product, usable
 IGNORE = -100
 """The target of a token that is left out of the loss (PyTorch's own convention)."""
 
-_CHUNK_ELEMENTS = 1 << 26
+_CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -61,7 +61,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         Scalar sum over tokens of -log p(target), in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        RuntimeError: a target is outside the vocabulary and not -100.
+        RuntimeError: a target is outside the vocabulary and not -100 (on a GPU, which nobody waits for, the loss is
+            NaN).
     """
     dtype = compute_dtype(x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -78,7 +79,7 @@ def _pass(
     gradient_dtype = accumulate if dtype == torch.float16 else dtype
     loss = torch.empty(x.shape[0], dtype=accumulate, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        chunk = chunk_tokens(x.shape[0], weight.shape[0])
+        chunk = chunk_tokens(x.shape[0], weight.shape[0], x.device.type)
         if not usable(dtype, chunk, x, weight):  # then it is cast once, not in every chunk
             weight = weight.to(dtype)
         weight_again = weight.to(gradient_dtype) if dtype == torch.float16 else weight
@@ -89,8 +90,7 @@ def _pass(
             if dx is None and dweight is None:
                 _losses(logits, targets[rows], loss[rows], None)
                 continue
-            gradient = logits if gradient_dtype == dtype else torch.empty_like(logits, dtype=gradient_dtype)
-            _losses(logits, targets[rows], loss[rows], gradient)
+            gradient = _losses(logits, targets[rows], loss[rows], gradient_dtype)
             if dx is not None:
                 dx[rows] = product(gradient, weight_again, gradient_dtype, accumulate)
             if dweight is not None:
@@ -98,19 +98,30 @@ def _pass(
     return loss.sum()
 
 
-def chunk_tokens(tokens: int, vocabulary: int) -> int:
-    """Tokens per chunk: at most 2²⁶ logits (128 MiB in bf16), and chunks of nearly equal size."""
-    chunks = -(-tokens * vocabulary // _CHUNK_ELEMENTS)
-    return max(1, -(-tokens // max(1, chunks)))
+def chunk_tokens(tokens: int, vocabulary: int, device: str = "cpu") -> int:
+    """Tokens per chunk: at most 2²⁶ logits (128 MiB in bf16), on a GPU 2²⁸, and chunks of nearly equal size."""
+    chunks = -(-tokens * vocabulary // _CHUNK_ELEMENTS[device])
+    even = max(1, -(-tokens // max(1, chunks)))
+    return even if device == "cpu" else -(-even // 128) * 128  # else a GPU's products find rows that are not aligned
 
 
-def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient: Tensor | None) -> None:
-    """Fills `loss` (N,), and `gradient` (N, V) with softmax - one-hot; `gradient` may be `logits` itself."""
-    if native.usable(logits, gradient) and (gradient is None or gradient.dtype == logits.dtype):
+@overload
+def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient_dtype: None) -> None: ...
+@overload
+def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient_dtype: torch.dtype) -> Tensor: ...
+def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient_dtype: torch.dtype | None) -> Tensor | None:
+    """Fills `loss` (N,) and returns softmax - one-hot (N, V), if a type is given, perhaps in the memory of `logits`."""
+    gradient = None
+    if gradient_dtype:
+        gradient = logits if gradient_dtype == logits.dtype else torch.empty_like(logits, dtype=gradient_dtype)
+    if logits.is_cuda and loss.dtype == torch.float32 and native.fuses_on_gpu():
+        _on_gpu(logits, targets, loss, gradient)
+        return gradient
+    if native.usable(logits, gradient) and gradient_dtype in (None, logits.dtype):
         _require_ids(targets, logits.shape[1])
         ids = targets.contiguous()
         native.call("cross_entropy", logits.dtype, logits, *logits.shape, ids, IGNORE, loss, gradient)
-        return
+        return gradient
     block = max(1, _BLOCK_ELEMENTS // logits.shape[1]) * (torch.get_num_threads() if logits.is_cpu else 64)
     for start in range(0, logits.shape[0], block):
         rows = slice(start, start + block)
@@ -126,6 +137,16 @@ def _losses(logits: Tensor, targets: Tensor, loss: Tensor, gradient: Tensor | No
             if not kept.all():
                 p *= kept[:, None]
             gradient[rows] = p
+    return gradient
+
+
+def _on_gpu(logits: Tensor, targets: Tensor, loss: Tensor, gradient: Tensor | None) -> None:
+    """`_losses` by the kernel of `gpu_kernels.py`."""
+    from tozan.ops.gpu_kernels import cross_entropy
+
+    out = logits if gradient is None else gradient
+    options = {"IGNORE": IGNORE, "WITH_GRADIENT": gradient is not None, "BLOCK": 8192}
+    cross_entropy[len(logits),](logits, targets.contiguous(), loss, out, logits.shape[1], **options, num_warps=16)
 
 
 def _require_ids(targets: Tensor, vocabulary: int) -> None:

@@ -73,6 +73,19 @@ def usable(*tensors: Tensor | None) -> bool:
     return fit and _load()[0] is not None
 
 
+def fuses_on_gpu() -> bool:
+    """Whether operations on a GPU have kernels of their own, which Triton compiles."""
+    return _chosen == "auto" and not torch.compiler.is_compiling() and compiles_for_gpu()
+
+
+@functools.cache
+def compiles_for_gpu() -> bool:
+    """Whether Triton and torch.compile can work for this machine's GPU: they need a C compiler."""
+    from torch.utils._triton import has_triton
+
+    return has_triton() and any(map(shutil.which, [os.environ.get("CC") or "cc", "gcc", "clang"]))
+
+
 def call(
     name: str, dtype: torch.dtype | None, *arguments: Tensor | float | None, into: torch.dtype | None = None
 ) -> None:

@@ -62,6 +62,8 @@ def product_reference(
 ) -> Tensor:
     """What `product` computes, in plain PyTorch."""
     a, b = a.to(dtype), b.to(dtype)
+    if a.is_cuda and result == torch.float32 != dtype and bias is None:
+        return torch.mm(a, b, out_dtype=result)  # as the GPU has added it up, not rounded on the way
     y = torch.mm(a, b) if bias is None else torch.addmm(bias.to(dtype), a, b)
     return y.to(result or dtype)
 
@@ -91,6 +93,8 @@ def product(
         (m, n); `into`, if it was given.
     """
     if not usable(dtype, a.shape[0] if rows is None else rows, a, b, bias, into) or b.numel() == 0:
+        if into is not None and into.is_cuda and into.dtype != dtype:
+            return torch.addmm(into, a.to(dtype), b.to(dtype), out_dtype=into.dtype, out=into)
         y = product_reference(a, b, dtype, result, bias)
         return y if into is None else into.add_(y)
     a = _operand(a if dtype == torch.float32 or a.dtype == dtype else a.to(dtype))

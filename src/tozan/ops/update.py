@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from tozan.ops import native
+from tozan.ops import many, native
 
 WORD = 1 << 64
 
@@ -145,16 +145,22 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
     Every flipped bit changes it, and several flips cancel only if the same bit of two words flips in opposite
     directions.
     """
+    return [value % WORD for value in checksum_words(tensors).tolist()]
+
+
+def checksum_words(tensors: Sequence[Tensor]) -> Tensor:
+    """The bits of `checksums`, (tensors,) int64, where the tensors are: a GPU is not waited for."""
+    if many.usable(tensors):
+        return many.checksums(tensors)
     if not tensors:
-        return []
+        return torch.empty(0, dtype=torch.int64)
     if not native.usable() or any(t.device.type != "cpu" for t in tensors):
-        sums = torch.stack([checksum_reference(tensor) for tensor in tensors])
-        return [value % WORD for value in sums.tolist()]
+        return torch.stack([checksum_reference(tensor) for tensor in tensors])
     flat = [tensor.detach().contiguous() for tensor in tensors]
     sizes = torch.tensor([t.numel() * t.element_size() for t in flat])
     sums = torch.empty(len(flat), dtype=torch.int64)
     native.call("checksums", None, len(flat), _addresses(flat), sizes, sums)
-    return [value % WORD for value in sums.tolist()]
+    return sums
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:

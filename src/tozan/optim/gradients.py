@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tozan.layout import SEGMENT
+from tozan.ops import many
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def segment_squares(gradient: Tensor) -> Tensor:
 
 def sums_of_squares(squares: Mapping[str, Tensor]) -> dict[str, float]:
     """Every parameter's sum of squares from its segments, (segments,) in fp64 each."""
+    if not squares:
+        return {}
+    if many.usable(list(squares.values())):
+        return dict(zip(squares, many.sums(list(squares.values())).tolist(), strict=True))
     # NumPy adds on one thread, always in the same order.
     return {name: float(np.sum(square.cpu().numpy())) for name, square in squares.items()}
 
@@ -80,7 +85,10 @@ def gradient_norm(parameters: Mapping[str, nn.Parameter], scale: float = 1.0) ->
 
 def squares_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """`segment_squares` of every gradient there is."""
-    return {name: segment_squares(p.grad) for name, p in parameters.items() if p.grad is not None}
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if many.usable(list(gradients.values())) and all(g.dtype == torch.float32 for g in gradients.values()):
+        return dict(zip(gradients, many.segment_squares(list(gradients.values()), SEGMENT), strict=True))
+    return {name: segment_squares(gradient) for name, gradient in gradients.items()}
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 from tozan.comm.ledger import Ledger
 from tozan.comm.processor import peak_memory
 from tozan.parallel.pipeline import Pipeline
-from tozan.train.metrics import Clock, Jsonl
+from tozan.train.clock import Clock
+from tozan.train.metrics import Jsonl
 
 TIMELINE_EVERY = 100
 """Steps between two that are written in detail; the second step is, too, so that a short run has one."""
@@ -48,12 +49,14 @@ class Breakdown:
     def begin(self, step: int, clock: Clock) -> None:
         """Call before step number `step`, counted from 1: every so many are noted in detail."""
         if step == 2 or step % TIMELINE_EVERY == 0:
+            clock.settle()
             clock.trace, self._began = [], (time.perf_counter(), time.time())
 
     def end(self, step: int, clock: Clock) -> None:
         """Call after step number `step`: write the timeline, if this is a step that has one."""
         if clock.trace is None:
             return
+        clock.settle()
         marks, clock.trace = clock.trace, None
         origin, at = self._began
         entries = [e for e in self._ledger.entries if e.start >= origin][:MOST_COLLECTIVES]

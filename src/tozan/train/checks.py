@@ -2,6 +2,7 @@
 
     checks.begin(step)              # before the batch is read
     ...                             # forward, backward, gradient norm
+    checks.look()                   # before the gradients are waited for
     again = checks.judge(...)       # before the update: None, or why the step must be computed again
     ...                             # update, publish
     checks.keep(step + 1, written)  # after the update
@@ -32,9 +33,9 @@ from tozan.comm import Mesh, collectives
 from tozan.comm.texts import all_gather_texts
 from tozan.config.schema import Checks as Table
 from tozan.layout import AXES
-from tozan.ops.update import WORD, checksums
+from tozan.ops.update import checksums
 from tozan.optim.adamw import AdamW
-from tozan.train.integrity import TURNS, Watch, combine, dissenters, held
+from tozan.train.integrity import TURNS, Watch, combine, dissenters, held, signed
 from tozan.train.outliers import Outliers
 from tozan.train.split import Split
 from tozan.train.stragglers import Stragglers
@@ -88,12 +89,7 @@ class Row:
     def words(self) -> list[int]:
         """The row as signed 64-bit integers."""
         row = [self.changed, self.busy, self.loss, self.norm, self.gradient, self.work, *self.copies]
-        return [_signed(word) for word in row]
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of a word below 2⁶⁴."""
-    return word - WORD if word >= WORD // 2 else word
+        return [signed(word) for word in row]
 
 
 CHANGED, BUSY, LOSS, NORM, GRADIENT, WORK, COPIES = range(7)
@@ -121,10 +117,11 @@ class Checks:
 
     def __init__(self, table: Table, split: Split, optimizer: AdamW) -> None:
         self._sync, self._mesh = split.sync, split.mesh
-        turns = {"all": 1, "rotating": TURNS, "off": 1}[table.memory]
-        self.watch = Watch(held(split, optimizer) if table.memory != "off" else (), turns)
-        # Where repeating a step need not give the same bits, there is no point in it.
         device = next(split.model.parameters()).device
+        memory = table.memory or ("all" if device.type == "cpu" else "rotating")
+        turns = {"all": 1, "rotating": TURNS, "off": 1}[memory]
+        self.watch = Watch(held(split, optimizer) if memory != "off" else (), turns)
+        # Where repeating a step need not give the same bits, there is no point in it.
         exact = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         self._every = table.recompute if exact else 0
         self._outliers = Outliers(table.outlier) if table.outlier and exact else None
@@ -144,6 +141,10 @@ class Checks:
         self._twice = self._every > 0 and (step + 1) % self._every == 0
         self._sync.witness(self._twice)
         self._start, self._waited = time.perf_counter(), self._mesh.ledger.waited()
+
+    def look(self) -> None:
+        """Once the backward pass is under way: have the memory read that `judge` judges, without waiting for a GPU."""
+        self.watch.look()
 
     def judge(self, step: int, loss: float, norm: float, losses: Sequence[float], *, overflow: bool) -> str | None:
         """Before the update: exchange, and decide. A collective.
@@ -241,6 +242,8 @@ class Checks:
             said = f"{changed[0]}{more} changed in memory between two updates" if changed else ""
             raise SilentError(guilty, step, self._say(said, guilty))
         for number, axis in enumerate(AXES):
+            if self._mesh.layout.sizes[axis] == 1:
+                continue
             found = list(dissenters(table[:, COPIES + number], list(self._mesh.layout.sizes.values()), number))
             if found:
                 ranks = sorted(rank for members, _ in found for rank in members)
@@ -253,7 +256,7 @@ class Checks:
         line = self._mesh[axis]
         if axis == "pp":  # the stages between the two that hold a tied embedding have nothing to compare
             return self.watch.name_along(axis, next(iter(sums))) if sums else ""
-        mine = torch.tensor([[_signed(value) for value in (*sums.values(), 0)]])
+        mine = torch.tensor([[signed(value) for value in (*sums.values(), 0)]])
         rows = collectives.all_gather(mine, line, name="checks").numpy()
         different = np.flatnonzero((rows != rows[0]).any(axis=0))
         return self.watch.name_along(axis, list(sums)[different[0]]) if len(different) else ""

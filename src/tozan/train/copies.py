@@ -91,7 +91,8 @@ class Copies:
         length = sum(body.numel() for body in bodies)
         padded = -(-length // 8) * 8
         target = torch.frombuffer(slots.body(padded), dtype=torch.uint8)
-        torch.cat(bodies, out=target[:length])
+        for part, body in zip(torch.split(target[:length], [b.numel() for b in bodies]), bodies, strict=True):
+            part.copy_(body)
         target[length:] = 0
         head = {"of": self._signature(run), "meta": run.meta(), "peak_flops": run.peak_flops}
         slots.commit(run.step, head, padded, int(target.view(torch.int64).sum()))

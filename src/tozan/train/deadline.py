@@ -26,7 +26,7 @@ from tozan.comm import Mesh
 from tozan.comm.ledger import Ledger
 from tozan.comm.monitor import Monitor, end
 from tozan.config import Config
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 
 FACTOR = 10
 """How many times the longest silence so far is too long."""

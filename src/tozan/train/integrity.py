@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tozan.layout import AXES
-from tozan.ops.update import WORD, checksums
+from tozan.ops.update import WORD, checksum_words
 from tozan.optim.adamw import AdamW
 from tozan.train.split import Split
 
@@ -72,62 +73,82 @@ def combine(sums: Sequence[int], places: Sequence[int]) -> int:
     return sum(value * (MIX * (2 * place + 1) % WORD) for value, place in zip(sums, places, strict=True)) % WORD or 1
 
 
+def signed(word: int) -> int:
+    """The number of 64 bits with a sign that has the bits of a word."""
+    word %= WORD
+    return word - WORD if word >= WORD // 2 else word
+
+
 class Watch:
     """Checksums of everything held, taken after an update and compared before the next.
 
     Args:
         pieces: what to watch.
         turns: watch only every `turns`-th part of the memory at a time, another one after every update; 1: all.
-
-    Attributes:
-        words: one for each of `AXES`, of the kept checksums of what is replicated along it; 0 where nothing is.
     """
+
+    # Checksums stay where they are made until someone wants to see them: to wait for a GPU costs more than they do.
 
     def __init__(self, pieces: Sequence[Held], turns: int = 1) -> None:
         self.pieces = list(pieces)
         self._turns = list(_deal([p.tensor.numel() * p.tensor.element_size() for p in self.pieces], turns))
         self._copies = {axis: [n for n, piece in enumerate(self.pieces) if axis in piece.axes] for axis in AXES}
-        self._kept: list[int] | None = None
+        self._kept: Tensor | None = None
+        self._found: Tensor | None = None
         self._watched: list[int] = []
-        self.words = [0] * len(AXES)
 
     @property
     def fresh(self) -> bool:
         """Whether nothing is kept to compare with."""
         return self._kept is None
 
+    @property
+    def words(self) -> list[int]:
+        """One for each of `AXES`, of the kept checksums of what is replicated along it; 0 where nothing is."""
+        return [combine(list(sums.values()), list(sums)) if sums else 0 for sums in map(self.along, AXES)]
+
     def keep(self, step: int, written: Mapping[str, int] | None = None) -> None:
         """Right after an update: take the checksums of this step's turn, but for those that `AdamW.step` returned."""
         self._watched = self._turns[step % len(self._turns)]
         self._kept = self._now(written or {})
-        self.words = [combine(list(sums.values()), list(sums)) if sums else 0 for sums in map(self.along, AXES)]
 
     def forget(self) -> None:
         """Something wrote into the tensors on purpose (a checkpoint was loaded): compare with nothing."""
-        self._kept = None
+        self._kept = self._found = None
+
+    def look(self) -> None:
+        """On a GPU, which is not waited for: take the checksums that the next `changed` tells of."""
+        self._found = self._now({}) if self._kept is not None and self._kept.is_cuda else None
 
     def changed(self) -> list[str]:
         """Right before an update: names of the tensors whose bits are not those kept."""
         if self._kept is None:
             return []
-        before = zip(self._watched, self._kept, self._now({}), strict=True)
-        return [self.pieces[number].name for number, kept, now in before if kept != now]
+        found, self._found = self._now({}) if self._found is None else self._found, None
+        if torch.equal(found, self._kept):
+            return []
+        different = (found != self._kept).tolist()
+        return [self.pieces[n].name for n, changed in zip(self._watched, different, strict=True) if changed]
 
     def along(self, axis: str) -> dict[int, int]:
         """Kept checksums of what is replicated along an axis, by the piece's number among those that are."""
-        if self._kept is None:
+        if self._kept is None or not self._copies[axis]:
             return {}
-        kept = dict(zip(self._watched, self._kept, strict=True))
+        kept = dict(zip(self._watched, (value % WORD for value in self._kept.tolist()), strict=True))
         return {place: kept[number] for place, number in enumerate(self._copies[axis]) if number in kept}
 
     def name_along(self, axis: str, place: int) -> str:
         """Name of a piece by its number in `along`."""
         return self.pieces[self._copies[axis][place]].name
 
-    def _now(self, known: Mapping[str, int]) -> list[int]:
+    def _now(self, known: Mapping[str, int]) -> Tensor:
         pieces = [self.pieces[number] for number in self._watched]
-        read = iter(checksums([piece.tensor for piece in pieces if piece.written not in known]))
-        return [known[piece.written] if piece.written in known else next(read) for piece in pieces]
+        words = checksum_words([piece.tensor for piece in pieces if piece.written not in known])
+        if not known:
+            return words
+        read = iter(words.tolist())
+        values = [known[piece.written] if piece.written in known else next(read) for piece in pieces]
+        return torch.tensor([signed(value) for value in values])
 
 
 def _deal(sizes: Sequence[int], turns: int) -> Iterator[list[int]]:

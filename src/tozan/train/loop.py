@@ -7,18 +7,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from tozan.checkpoint import Saver
 from tozan.comm import collectives
 from tozan.models.arithmetic import model_flops
+from tozan.train import machine
 from tozan.train.breakdown import Breakdown
 from tozan.train.checks import REGULAR, SilentError
+from tozan.train.clock import Clock
 from tozan.train.crew import Crew
 from tozan.train.deadline import Deadline
 from tozan.train.evaluate import held_out
 from tozan.train.faults import BadSteps, Interrupted, StopSignal
-from tozan.train.metrics import Clock, Metrics
+from tozan.train.metrics import Metrics
 from tozan.train.profile import Profiler
 from tozan.train.run import Listener, Run, resume
 from tozan.train.split import executed_flops
@@ -61,7 +61,6 @@ def fit(run: Run, on_record: Listener | None = None, deadline: Deadline | None =
         SilentError: bits changed in a rank's memory, and there is no going back.
     """
     config = run.config
-    synchronize = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     metrics = Metrics.open(run.folder, config, on_record) if run.writes else Metrics([])
     breakdown = Breakdown(run.folder, run.split.mesh.rank, run.split.mesh.ledger, run.split.stage)
     deadline = deadline or Deadline.of(config, run.split.mesh)
@@ -76,7 +75,7 @@ def fit(run: Run, on_record: Listener | None = None, deadline: Deadline | None =
             score = before_steps(run, metrics, deadline)
             if run.copies.leave:
                 stop.received = signal.SIGTERM
-            bad, clock = BadSteps(config.train.max_bad_steps), Clock(synchronize, run.split.mesh.ledger)
+            bad, clock = BadSteps(config.train.max_bad_steps), Clock(run.device, run.split.mesh.ledger)
             while run.step < config.train.steps and not stop.agreed():
                 deadline.begin(run.step + 1, clock)
                 profiler.begin(run.step + 1)
@@ -276,6 +275,7 @@ def report(run: Run, result: StepResult, metrics: Metrics, clock: Clock, breakdo
         skipped=result.skipped,
         skipped_samples=run.data.skipped,
         loss_scale=run.precision.scale,
+        **machine.gpu_memory(run.device),
     )
 
 

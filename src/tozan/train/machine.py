@@ -46,7 +46,12 @@ def set_allocator() -> None:
 
 
 def prepare(
-    threads: int | None, deterministic: bool, kernels: native.Choice = "auto", *, compiled: bool = False
+    threads: int | None,
+    deterministic: bool,
+    kernels: native.Choice = "auto",
+    *,
+    compiled: bool = False,
+    device: torch.device | None = None,
 ) -> None:
     """Set this process up for training: allocator, thread count, determinism, kernels.
 
@@ -55,6 +60,7 @@ def prepare(
         deterministic: refuse operations whose bits differ from run to run.
         kernels: compiled ones where they can be had, or `plain` PyTorch.
         compiled: by torch.compile, which then is to be deterministic, too.
+        device: which computes, if it is known.
     """
     native.choose(kernels)
     set_allocator()
@@ -66,8 +72,21 @@ def prepare(
         torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Filling fresh memory with NaN is a debugging aid of that mode; it would double the memory traffic.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic and device and device.type == "cuda":
+        allow_products(device)
+
+
+def allow_products(device: torch.device) -> None:
+    """Satisfy PyTorch that a GPU's products are deterministic, as they are with the workspace that it gives cuBLAS.
+
+    It asks for a variable of the environment at the first product only, but reads it again by a regular expression at
+    every product as long as it is there, which takes as long as a product of a small model.
+    """
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    if name not in os.environ:
+        os.environ[name] = ":4096:8"
+        torch.ones(1, 1, device=device).mm(torch.ones(1, 1, device=device))
+        del os.environ[name]
 
 
 def choose_device(name: str, mesh: Mesh | None = None) -> torch.device:
@@ -170,6 +189,11 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float =
             best = max(best, 2 * size**3 / took)
         size = min(8_192, size * 2) if took < seconds / 20 else size
     return best
+
+
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Bytes that tensors have held at most of a GPU's memory, by the name under which they are recorded."""
+    return {"gpu_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def describe() -> dict[str, str | int]:

@@ -10,74 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tozan.comm.ledger import Ledger
 from tozan.config.schema import Config
 from tozan.errors import Problem, UserError
 
 Record = dict[str, Any]
-
-
-WHOLE = ("evaluation", "checkpoint")
-"""Phases that keep their waits: they are not part of what a step costs."""
-
-
-class Clock:
-    """Splits wall time into named phases that sum to it.
-
-    `mark(phase)` charges the time since the last mark; what nobody charged is `other`. Waits for other ranks are taken
-    out of the phase in which they happened and charged to `wait/<axis>`, as the ledger has measured them.
-
-    Args:
-        synchronize: waits for a GPU.
-        ledger: this rank's.
-
-    Attributes:
-        trace: where to note (phase, start, end) of every mark, in seconds of `time.perf_counter`; None: nowhere.
-        marks: where to note the phase of every mark; None: nowhere.
-        tokens: trained on since the last lap; counted by whoever trains.
-    """
-
-    def __init__(self, synchronize: Callable[[], None] = lambda: None, ledger: Ledger | None = None) -> None:
-        self._synchronize = synchronize
-        self._axes = (ledger or Ledger()).by_axis
-        self._waited = {axis: total.wait for axis, total in self._axes.items()}
-        self._start = self._last = time.perf_counter()
-        self._phases: dict[str, float] = {}
-        self.trace: list[tuple[str, float, float]] | None = None
-        self.marks: list[str] | None = None
-        self.tokens = 0
-
-    def mark(self, phase: str) -> None:
-        """Charge the time since the last mark to `phase`, less its waits; on a GPU, wait for it first."""
-        self._synchronize()
-        now = time.perf_counter()
-        span = now - self._last
-        if self.marks is not None:
-            self.marks.append(phase)
-        if self.trace is not None:
-            self.trace.append((phase, self._last, now))
-        for axis, total in self._axes.items():
-            waited = total.wait - self._waited.get(axis, 0.0)
-            self._waited[axis] = total.wait
-            if waited > 0.0 and phase not in WHOLE:
-                # Operations that overlap on several threads must not count the same second twice.
-                waited = min(waited, span)
-                span -= waited
-                self._phases[f"wait/{axis}"] = self._phases.get(f"wait/{axis}", 0.0) + waited
-        self._phases[phase] = self._phases.get(phase, 0.0) + span
-        self._last = now
-
-    def move(self, phase: str, to: str, seconds: float) -> None:
-        """Charge `seconds` of a phase to another one."""
-        self._phases[phase] = self._phases.get(phase, 0.0) - seconds
-        self._phases[to] = self._phases.get(to, 0.0) + seconds
-
-    def lap(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last lap and their phases in seconds; starts a new lap."""
-        self.mark("other")
-        seconds, phases = self._last - self._start, self._phases
-        self._start, self._phases, self.tokens = self._last, {}, 0
-        return seconds, phases
 
 
 class Sink(Protocol):

@@ -29,7 +29,7 @@ from tozan.train.checks import Checks
 from tozan.train.copies import Copies
 from tozan.train.crew import Crew
 from tozan.train.precision import Precision
-from tozan.train.split import Split, build, mesh_layout
+from tozan.train.split import Split, build, compiled, mesh_layout
 
 FLOPS_FORMULA = (
     "3 × forward per token; forward = 2 × weights of all products + 4 × layers × sequence × width (masked half too)"
@@ -60,6 +60,8 @@ class Run:
     tokens: int = 0
     copies: Copies = field(default_factory=Copies)
     returns: tuple[int, int] = (-1, 0)
+    ahead: dict[int, tuple[list[tuple[Tensor, Tensor]], int]] = field(default_factory=dict)
+    """What `step.own_micro_batches` returns, read ahead, by the number of the step's first sample."""
     notes: list[tuple[str, str]] = field(default_factory=list)
     """Events of the assembly, as (event, text), to be written to the metrics."""
 
@@ -210,14 +212,15 @@ def assemble(loaded: Loaded, mesh: Mesh | None = None) -> Run:
     """
     config, folder = loaded.config, Path(loaded.config.run.folder)
     mesh = mesh or Mesh.create(mesh_layout(config))
+    device = machine.choose_device(config.train.device, mesh)
     # The launcher has set the threads of a rank among others.
     machine.prepare(
         config.train.threads if mesh.world_size == 1 else None,
         config.train.deterministic,
         config.train.kernels,
-        compiled=config.train.compile,
+        compiled=compiled(config, device),
+        device=device,
     )
-    device = machine.choose_device(config.train.device, mesh)
     if (device.type, config.train.kernels, config.train.precision) == ("cpu", "auto", "bf16"):
         machine.agree_on_tiles(mesh)
     data, validation = open_data(config)
@@ -298,6 +301,7 @@ def facts(run: Run) -> dict[str, Any]:
         "versions": {"tozan": tozan.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "kernels": native.status(),
+        "compiled": compiled(run.config, run.device),
         "products": products.status(run.precision.dtype if run.device.type == "cpu" else None),
         "attention": fused.status(run.precision.dtype if run.device.type == "cpu" else None),
         "allocator": native.arena(),
@@ -316,9 +320,11 @@ def facts(run: Run) -> dict[str, Any]:
 
 def nominal_peak(run: Run) -> dict[str, Any]:
     """What all processes could do by their processors' make and clock, if each has the cores of this one."""
-    if run.device.type != "cpu":
-        return {"peak_nominal_flops": None, "peak_nominal_how": "not known for this device"}
-    found, world = processor.nominal(run.config.train.precision, torch.get_num_threads()), run.split.mesh.world_size
+    precision, world = run.config.train.precision, run.split.mesh.world_size
+    if run.device.type == "cuda":
+        found = processor.nominal_gpu(precision, torch.cuda.get_device_name(run.device))
+    else:
+        found = processor.nominal(precision, torch.get_num_threads())
     flops = found.flops * world if found.flops else None
     how = f"{found.how} × {world} processes" if flops and world > 1 else found.how
     return {"peak_nominal_flops": flops, "peak_nominal_how": how}

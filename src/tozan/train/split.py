@@ -18,6 +18,7 @@ from tozan.comm import Axis, Mesh, collectives
 from tozan.config import Config
 from tozan.models.arithmetic import Shape, hardware_flops
 from tozan.models.layers import initial
+from tozan.ops import native
 from tozan.optim.gradients import GradientNorm, norm_of_sums
 from tozan.parallel import apply as tensor
 from tozan.parallel import context, fits, pipeline, recompute
@@ -168,6 +169,14 @@ def executed_flops(config: Config, shape: Shape) -> float:
     return sum(sum(map(len, held)) * hardware_flops(shape, word) for held, word in words) / shape.layers
 
 
+def compiled(config: Config, device: torch.device) -> bool:
+    """Whether the model's blocks are compiled by torch.compile."""
+    if config.train.compile is not None:
+        return config.train.compile
+    fits = config.layout.zero < 3 and config.train.kernels == "auto"
+    return fits and device.type == "cuda" and native.compiles_for_gpu()
+
+
 def _replicas(mesh: Mesh) -> Axis:
     return mesh.joined("dp", "cp") if mesh["cp"].size > 1 else mesh["dp"]
 
@@ -192,7 +201,7 @@ def build(config: Config, shape: Shape, mesh: Mesh, device: torch.device, precis
     model.to(device, precision.weights)
     context.apply(model, mesh["cp"], shape.sequence)
     recompute.apply(model, recompute_of(config)[mesh["pp"].index])
-    if config.train.compile:
+    if compiled(config, device):
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()
     stage = _stage(config, shape, model, part, mesh, precision) if part else None

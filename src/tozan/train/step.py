@@ -11,7 +11,7 @@ from torch import Tensor
 from tozan.optim.gradients import clip_factor
 from tozan.optim.schedule import learning_rate
 from tozan.parallel.data import in_order
-from tozan.train.metrics import Clock
+from tozan.train.clock import Clock
 from tozan.train.run import Run
 
 IGNORED = -100
@@ -53,10 +53,10 @@ def train_step(run: Run, clock: Clock) -> StepResult:
     """
     run.checks.begin(run.step)
     sync, optim = run.split.sync, run.config.optim
-    batches, tokens = own_micro_batches(run)
+    batches, tokens = run.ahead.pop(run.samples) if run.samples in run.ahead else own_micro_batches(run, run.samples)
     clock.mark("data")
 
-    losses = run_pipeline(run, batches, tokens, clock) if run.split.stage else []
+    summed = [run_pipeline(run, batches, tokens, clock)] if run.split.stage else []
     for number, (inputs, targets) in enumerate(batches if not run.split.stage else ()):
         seed_dropout(run, number)
         sync.begin(last=number == len(batches) - 1)
@@ -64,15 +64,18 @@ def train_step(run: Run, clock: Clock) -> StepResult:
             micro_loss = run.split.model(inputs, targets)
         clock.mark("forward")
         (micro_loss * (run.precision.scale / tokens)).backward()
-        losses.append(micro_loss.item())
+        summed.append(micro_loss.detach().view(1))
         clock.mark("backward")
+    read_ahead(run)
     sync.finish()
     if not run.split.alone:
         clock.mark("communication")
 
+    run.checks.look()
+    norm = run.split.gradient_norm(run.precision.scale)
+    losses = torch.cat(summed).tolist()  # a GPU is waited for once, with all its work before it
     loss = sum(in_order(losses, run.split.replicas)) / tokens
     lr = learning_rate(optim, run.step, run.config.train.steps)
-    norm = run.split.gradient_norm(run.precision.scale)
     skipped = norm.culprit if math.isfinite(loss) else f"loss is {loss}"
     overflow = skipped is not None and math.isfinite(loss) and run.precision.can_shrink()
     clock.mark("optimizer")
@@ -94,8 +97,15 @@ def train_step(run: Run, clock: Clock) -> StepResult:
     return StepResult(loss, norm.value, lr, tokens, skipped, overflow)
 
 
-def own_micro_batches(run: Run) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """This replica's micro-batches of the step, and the target tokens of the whole step.
+def read_ahead(run: Run) -> None:
+    """On a GPU, which still works at the backward pass: read the next step's micro-batches."""
+    following = run.samples + run.global_batch
+    if run.device.type == "cuda" and following not in run.ahead:
+        run.ahead = {following: own_micro_batches(run, following)}
+
+
+def own_micro_batches(run: Run, first: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """This replica's micro-batches of the step whose first sample is number `first`, and its target tokens.
 
     Micro-batch number j·n + r of the step is the j-th of replica r of n, so a step's samples are the same in every
     layout. With context parallelism they are this rank's tokens of these samples. `IGNORED` ids are no targets; as
@@ -106,17 +116,22 @@ def own_micro_batches(run: Run) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """
     batches, tokens = [], 0
     for number in range(run.accumulate):
-        samples = torch.from_numpy(run.data.samples(first_sample(run, number), run.micro_batch)).to(run.device)
-        inputs, targets = samples[:, :-1].clamp(min=0), samples[:, 1:].contiguous()
-        batches.append((run.split.own_tokens(inputs), run.split.own_tokens(targets)))
-        tokens += int((batches[-1][1] != IGNORED).sum())
+        samples = torch.from_numpy(run.data.samples(first + offset(run, number), run.micro_batch))
+        inputs, targets = run.split.own_tokens(samples[:, :-1]), run.split.own_tokens(samples[:, 1:])
+        batches.append((to_device(inputs.clamp(min=0), run.device), to_device(targets.contiguous(), run.device)))
+        tokens += int((targets != IGNORED).sum())
     return batches, int(sum(in_order([float(tokens)], run.split.replicas, name="tokens")))
 
 
-def first_sample(run: Run, number: int) -> int:
-    """Number of the first sample of this replica's micro-batch `number` of the step."""
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device; a GPU that still works at something else is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def offset(run: Run, number: int) -> int:
+    """Samples of a step before this replica's micro-batch `number`."""
     replicas = run.split.mesh["dp"]
-    return run.samples + (number * replicas.size + replicas.index) * run.micro_batch
+    return (number * replicas.size + replicas.index) * run.micro_batch
 
 
 def seed_dropout(run: Run, number: int) -> None:
@@ -124,11 +139,11 @@ def seed_dropout(run: Run, number: int) -> None:
     if run.shape.dropout:
         # `torch.manual_seed` also notes a stack trace for every kind of device that is not there: 100 times slower.
         seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
-        seed(run.config.train.seed * 1_000_003 + first_sample(run, number))
+        seed(run.config.train.seed * 1_000_003 + run.samples + offset(run, number))
 
 
-def run_pipeline(run: Run, batches: list[tuple[Tensor, Tensor]], tokens: int, clock: Clock) -> list[float]:
-    """The same through the stages of a pipeline, whose engine knows what it spent on which pass."""
+def run_pipeline(run: Run, batches: list[tuple[Tensor, Tensor]], tokens: int, clock: Clock) -> Tensor:
+    """The same through the stages of a pipeline, whose engine knows what it spent on which pass; returns the losses."""
     assert run.split.stage is not None
     inputs, targets = zip(*batches, strict=True)
     outcome = run.split.stage.step(inputs, targets, run.precision.scale / tokens)
@@ -138,4 +153,4 @@ def run_pipeline(run: Run, batches: list[tuple[Tensor, Tensor]], tokens: int, cl
     clock.move("wait/pp", "bubble", outcome.waited)
     if run.split.stage.hand_over is None:
         run.split.sync.begin(last=True)
-    return [float(loss) for loss in outcome.losses.tolist()]
+    return outcome.losses
