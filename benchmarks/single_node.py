@@ -77,6 +77,10 @@ class Side:
                 return dict(json.loads(line))
         raise SystemExit(f"{self.name} has ended with status {self.process.wait()}")
 
+    def ready(self) -> None:
+        """Wait until it is."""
+        self.peak_flops = self.answer()["peak_flops"]
+
     def ask(self) -> None:
         """Have it take one step."""
         assert self.process.stdin is not None
@@ -128,7 +132,7 @@ def configured(folder: Path, options: argparse.Namespace, settings: list[str]) -
 
 
 def start(name: str, folder: Path, options: argparse.Namespace, loaded: Loaded) -> Side:
-    """Start a side and wait until it is ready."""
+    """Start a side."""
     loop, *settings = name.split("+")
     spec = {
         "shape": dataclasses.asdict(shape_of(loaded)),
@@ -149,9 +153,19 @@ def start(name: str, folder: Path, options: argparse.Namespace, loaded: Loaded) 
     python = options.litgpt if loop == "litgpt" else sys.executable
     command = [python, str(Path(__file__).with_name("loops.py")), loop, str(path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    side = Side(name, subprocess.Popen(command, env=environment, text=True, **pipes))
-    side.peak_flops = side.answer()["peak_flops"]
-    return side
+    return Side(name, subprocess.Popen(command, env=environment, text=True, **pipes))
+
+
+def start_all(names: list[str], folder: Path, options: argparse.Namespace, loaded: Loaded) -> list[Side]:
+    """Start sides and wait until they are ready: one by one, but for a GPU, beside which there are processors enough."""
+    sides = []
+    for name in names:
+        sides.append(start(name, folder, options, loaded))
+        if options.device == "cpu":
+            sides[-1].ready()
+    for side in sides if options.device == "cuda" else ():
+        side.ready()
+    return sides
 
 
 def alternate(sides: list[Side], options: argparse.Namespace) -> None:
@@ -173,11 +187,11 @@ def alternate(sides: list[Side], options: argparse.Namespace) -> None:
 
 def compare(folder: Path, options: argparse.Namespace, loaded: Loaded) -> list[dict[str, Any]]:
     """Run every side; a row for each, tozan's last. Rows are printed as they become known."""
-    home = start(options.home, folder, options, loaded)
+    [home] = start_all([options.home], folder, options, loaded)
     rows: list[dict[str, Any]] = []
     print(HEAD)
     for first in range(0, max(1, len(options.sides)), options.at_once):
-        peers = [start(name, folder, options, loaded) for name in options.sides[first : first + options.at_once]]
+        peers = start_all(options.sides[first : first + options.at_once], folder, options, loaded)
         begin = len(home.seconds)
         alternate([home, *peers], options)
         for peer in peers:
