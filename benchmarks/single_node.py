@@ -157,7 +157,7 @@ def start(name: str, folder: Path, options: argparse.Namespace, loaded: Loaded) 
 
 
 def start_all(names: list[str], folder: Path, options: argparse.Namespace, loaded: Loaded) -> list[Side]:
-    """Start sides and wait until they are ready: one by one, but for a GPU, beside which there are processors enough."""
+    """Start sides and wait until they are ready: one by one, but together for a GPU, which hardly notices."""
     sides = []
     for name in names:
         sides.append(start(name, folder, options, loaded))
