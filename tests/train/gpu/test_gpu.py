@@ -170,6 +170,6 @@ def test_the_commands_work_on_a_gpu(configure, tmp_path):
         ["bench", "step", "gpt2-tiny", GPU],
     ):
         command = [sys.executable, "-m", "tozan", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-3000:])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["device"].startswith("cuda")
