@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 EXIT_AGAIN = 75
@@ -39,3 +40,9 @@ class UserError(Exception):
             raise ValueError("a UserError needs at least one Problem")
         self.problems = list(problems)
         super().__init__("\n".join(map(str, problems)))
+
+
+def say(text: str) -> None:
+    """Print a line on standard error in one piece, so that lines of processes that share a terminal do not mix."""
+    sys.stderr.write(f"tozan: {text}\n")
+    sys.stderr.flush()

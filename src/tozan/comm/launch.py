@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,7 +34,7 @@ from tozan.comm.speaker import Speaker
 from tozan.comm.texts import all_gather_texts
 from tozan.comm.witness import Witness, space
 from tozan.cpuinfo import core_of, count_cores, parse
-from tozan.errors import EXIT_LOST, Problem, UserError
+from tozan.errors import EXIT_LOST, Problem, UserError, say
 from tozan.layout import Layout
 
 
@@ -77,7 +76,7 @@ def join(
     place, store, _group, monitor, speaker, everyone = _gather(place, timeout_s, start_s, lost_after_s)
     bound = _bind(place, everyone, threads)
     if place.local_rank == 0 or place.local_size <= 8:
-        print(f"tozan: rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}", file=sys.stderr)
+        say(f"rank {place.rank} of {place.world_size} on {socket.gethostname()}: {bound}")
     witness = _witness(place, store, everyone, speaker, monitor)
     # Longer than the heartbeat is patient, so that the message comes from there and not from gloo.
     patience_s = start_s + lost_after_s + 10
@@ -175,7 +174,7 @@ def _say_who_is_missing(
                 more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
                 what = f"{ranks}{more} did not come to {place.master}:{place.port}, where ranks meet"
     if speaks:
-        print(f"tozan: {what}", file=sys.stderr, flush=True)
+        say(what)
     if monitor:
         monitor.fall_silent()
         monitor.spread("a rank has not joined")
@@ -208,7 +207,7 @@ def _meet(place: Place, timeout_s: float) -> tuple[TCPStore, Place]:
     signed = "signed with the job's secret" if rendezvous.secret() else "not signed (TOZAN_SECRET is not set)"
     if place.rank != 0 or place.hosted:
         if place.rank == 0 and place.generation <= 1:
-            print(f"tozan: ranks meet at the launcher's {place.master}:{place.port}, {signed}", file=sys.stderr)
+            say(f"ranks meet at the launcher's {place.master}:{place.port}, {signed}")
         if not (place.hosted or one_machine) and called_loopback(place.master):  # rank 0's machine, of many addresses
             place = replace(place, master=rendezvous.ask(place.master, place.port, timeout_s))
         return _connect(place, timeout_s), place
@@ -220,7 +219,7 @@ def _meet(place: Place, timeout_s: float) -> tuple[TCPStore, Place]:
         what = f"rank 0 cannot listen on {place.master}:{place.port}: {error.strerror or error}"
         fix = "give an address or name of the first node, and a port that is free there"
         raise UserError(Problem("MASTER_ADDR, MASTER_PORT", what, fix)) from error
-    print(f"tozan: rank 0 listens on {address}:{store.port}, {signed}", file=sys.stderr)
+    say(f"rank 0 listens on {address}:{store.port}, {signed}")
     return store, place if one_machine else replace(place, master=address)
 
 

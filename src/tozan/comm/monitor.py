@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from tozan.comm.ledger import Ledger
 from tozan.comm.rendezvous import UnsignedError
 from tozan.comm.speaker import Speaker
-from tozan.errors import EXIT_LOST
+from tozan.errors import EXIT_LOST, say
 
 NOWHERE = "no collective"
 """Where a rank waits that does not."""
@@ -156,7 +156,7 @@ class Monitor:
                 verdict = self._judge() if self.rank == 0 and not said else None
                 self._asked = None
             except UnsignedError as error:
-                _say(str(error))
+                say(str(error))
                 self._end()
                 return
             except RuntimeError:  # torch raises this and its DistError for a closed connection
@@ -165,7 +165,7 @@ class Monitor:
                 self._end_without_store("its store is gone")
                 return
             if verdict:
-                _say(verdict)
+                say(verdict)
                 self.spread(verdict)
             if verdict or said:
                 if self.rank == 0:
@@ -185,7 +185,7 @@ class Monitor:
 
     def _end_without_store(self, why: str) -> None:
         if not self._silent and self._speaker.speaks():
-            _say(f"rank 0 is lost ({why}); rank {self.rank} was in {self._doing()}")
+            say(f"rank 0 is lost ({why}); rank {self.rank} was in {self._doing()}")
         if self._speaker.stays:
             time.sleep(2 * self._interval)
         self._end()
@@ -242,10 +242,6 @@ class Monitor:
             if beat.get("seconds", 0.0) > patience:
                 hung.append(rank)
         return _hang_message(hung, beats) if hung else None
-
-
-def _say(verdict: str) -> None:
-    print(f"tozan: {verdict}", file=sys.stderr, flush=True)
 
 
 def _names(ranks: list[int]) -> str:

@@ -10,7 +10,6 @@ rank 0, and another rank says that (see `speaker`).
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import psutil
 from torch._C._distributed_c10d import Store
+
+from tozan.errors import say
 
 LOOKS, PAUSE_S = 5, 0.05
 """How often, and how far apart, it is looked for a process that has ended: the kernel takes a moment to end one."""
@@ -58,7 +59,7 @@ class Witness:
         if first:
             names = ", ".join(f"rank {rank} (process {self._processes[rank]})" for rank in lost)
             what = f"{names} {'is' if len(lost) == 1 else 'are'} lost; rank" if lost else "rank"
-            print(f"tozan: {what} {self._rank}: {error}", file=sys.stderr, flush=True)
+            say(f"{what} {self._rank}: {error}")
 
     def _lost(self) -> list[int]:
         """Ranks of this machine whose process has ended. Nobody leaves before one has spoken, so it is the cause."""

@@ -118,8 +118,11 @@ class Manifest(_Record):
         try:
             record = json.loads(files.read(path))
         except FileNotFoundError:
-            rule = "there is no finished data set here" if folder.is_dir() else "there is no such folder"
-            raise UserError(Problem(str(folder), rule, "write one with `tozan data build`")) from None
+            there = folder.is_dir()
+            rule = "there is no finished data set here" if there else "there is no such folder"
+            raise UserError(
+                Problem(str(path if there else folder), rule, "write one with `tozan data build`")
+            ) from None
         except OSError as error:
             raise UserError(Problem(str(path), f"cannot be read: {error.strerror}")) from None
         except (ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tozan.errors import EXIT_AGAIN
+from tozan.errors import EXIT_AGAIN, say
 from tozan.recovery.crew import Crew, Member
 from tozan.recovery.elastic import Shape
 from tozan.recovery.node import Event, Node
@@ -127,7 +127,7 @@ class Agent:
             number += 1
             number += self._arrange(number)
             if self._shape is None:
-                print("tozan: no layout fits the ranks that are left", file=sys.stderr)
+                say("no layout fits the ranks that are left")
                 return 1
             status = self._judge(self._generation(number, self._shape))
         return status
@@ -255,7 +255,7 @@ class Agent:
         self._fruitless += 1
         self._blamed.add(first.rank if first and first.status < 0 else -1)
         if self._fruitless > self.policy.restarts and not self._give_up_rank():
-            print(f"tozan: gave up after {self.policy.restarts} restarts without a new step", file=sys.stderr)
+            say(f"gave up after {self.policy.restarts} restarts without a new step")
             return (first.status if first and first.kind == "ended" and first.status > 0 else None) or 1
         self.crew.revive()
         return None

@@ -15,10 +15,10 @@ import hmac
 import json
 import os
 import socket
-import sys
 import threading
 from typing import Any
 
+from tozan.errors import say
 from tozan.recovery.node import Node
 from tozan.recovery.slots import Slots, checksum, note_arrival
 
@@ -152,7 +152,7 @@ class Guests(threading.Thread):
                 body, at = held.body(frame["length"]), 0
             except OSError as error:
                 what = f"no memory for the copy of rank {frame['rank']} from another node: {error.strerror}"
-                print(f"tozan: {what}", file=sys.stderr, flush=True)
+                say(what)
                 raise
             while at < len(body):
                 count = stream.readinto(body[at:])

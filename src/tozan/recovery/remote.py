@@ -11,14 +11,13 @@ import json
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from tozan.comm.place import listen
-from tozan.errors import EXIT_LOST
+from tozan.errors import EXIT_LOST, say
 from tozan.recovery.courier import Courier, Guests, token
 from tozan.recovery.node import Event, Node
 
@@ -227,7 +226,7 @@ class Follower:
             if self._starts:
                 since, self._starts = time.monotonic(), 0
             time.sleep(0.2)
-        print("tozan: the leading agent is gone", file=sys.stderr)
+        say("the leading agent is gone")
         return EXIT_LOST
 
     def close(self) -> None:

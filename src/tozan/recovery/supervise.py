@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 from tozan.amounts import many
 from tozan.config import load
-from tozan.errors import Problem, UserError
+from tozan.errors import Problem, UserError, say
 from tozan.recovery.agent import Agent, Policy
 from tozan.recovery.elastic import fitting
 from tozan.recovery.remote import Follower
@@ -104,10 +103,10 @@ def note(log: Path, event: dict[str, Any]) -> None:
         text = f"goes on with {many(event['ranks'], 'rank')} {' '.join(event['flags'])}"
     else:
         text = f"step {event['step']} rescued from memory: {'yes' if event['whole'] else 'no'}"
-    print(f"tozan: {text}", file=sys.stderr, flush=True)
+    say(text)
     try:
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
     except OSError as error:
-        print(f"tozan: {log} could not be written: {error.strerror}", file=sys.stderr, flush=True)
+        say(f"{log} could not be written: {error.strerror}")

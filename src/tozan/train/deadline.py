@@ -26,6 +26,7 @@ from tozan.comm import Mesh
 from tozan.comm.ledger import Ledger
 from tozan.comm.monitor import Monitor, end
 from tozan.config import Config
+from tozan.errors import say
 from tozan.train.clock import Clock
 
 FACTOR = 10
@@ -182,7 +183,7 @@ class Deadline:
                 if self._monitor is not None:
                     self._monitor.stuck = message  # rank 0 says it, and everyone ends
                     return
-                print(f"tozan: rank {self._rank} stands still: {message}.", file=sys.stderr, flush=True)
+                say(f"rank {self._rank} stands still: {message}.")
                 self._end()
                 return
 

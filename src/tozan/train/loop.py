@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tozan.checkpoint import Saver
 from tozan.comm import collectives
+from tozan.errors import say
 from tozan.models.arithmetic import model_flops
 from tozan.train import machine
 from tozan.train.breakdown import Breakdown
@@ -146,7 +146,7 @@ def tell(run: Run, result: StepResult, metrics: Metrics) -> None:
     for event, text in run.checks.take_events():
         metrics.write("event", run.step, event=event, text=text)
         if run.writes:
-            print(f"tozan: {event}: {text}", file=sys.stderr, flush=True)
+            say(f"{event}: {text}")
     if result.again is not None and result.again != REGULAR:
         metrics.write("event", run.step, event="computed again", text=result.again)
 
@@ -160,7 +160,7 @@ def roll_back(run: Run, saver: Saver, metrics: Metrics, error: SilentError) -> N
     run.optimizer.zero_grad()
     metrics.write("event", run.step, event="silent error", text=str(error))
     if run.writes:
-        print(f"tozan: {error}", file=sys.stderr, flush=True)
+        say(str(error))
     if run.config.checks.on_error == "stop":
         raise error
     run.notes.clear()
