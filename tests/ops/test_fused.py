@@ -22,10 +22,11 @@ def kernel(monkeypatch):
     monkeypatch.setattr(fused, "library", lambda dtype: fused.on_vectors())
 
 
-def close(found, expected, dtype):
+def close(found, expected, dtype, tokens):
     assert found.isfinite().all()
-    # Beside that the rounding of terms that cancel: the scores of a lone token have no gradient.
-    assert (found - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-5
+    # Beside that the rounding of terms that cancel: the scores of a lone token have no gradient, those of two little.
+    bound = BOUND[dtype] * (2 if tokens < 8 else 1)
+    assert (found - expected).norm() <= bound * expected.norm() + 1e-5
 
 
 @settings(max_examples=12, deadline=None)
@@ -39,7 +40,7 @@ def test_equals_torch_in_fp64(dtype, heads, size, tokens):
     tensors = inputs(dtype, tokens, *heads, size)
     exact = outcome(causal_attention_reference, [t.detach().double().requires_grad_() for t in tensors])
     for found, expected in zip(outcome(causal_attention, tensors), exact, strict=True):
-        close(found, expected, dtype)
+        close(found, expected, dtype, tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
