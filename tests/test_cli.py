@@ -308,3 +308,14 @@ def test_installed_command_is_main() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("nowhere.toml: there is no such file")
+
+
+def test_lists_of_verbs_say_whole_sentences():
+    def verbs(group):
+        for verb in group.commands.values():
+            yield verb
+            yield from verbs(verb) if isinstance(verb, click.Group) else ()
+
+    listed = [verb.get_short_help_str(60) for verb in verbs(cli.cli)]
+    assert len(listed) > 25
+    assert [text for text in listed if text.endswith("...") or not text.endswith(".")] == []

@@ -88,10 +88,11 @@ def cli() -> None:
 
 
 @cli.command(
+    short_help="Make a model from nothing, from a corpus to a page.",
     epilog=examples(
         "tozan demo",
         "tozan demo --corpus ~/texts --minutes 10",
-    )
+    ),
 )
 @click.option("--out", type=FOLDER, default="runs/demo", show_default=True, help="Folder for the data and the runs.")
 @click.option("--corpus", default="standard-library", show_default=True, help="Or `debian`, or a folder of text.")
@@ -150,6 +151,7 @@ def node_shape(_context: click.Context, _option: click.Parameter, text: str) -> 
 
 
 @cli.command(
+    short_help="Start a run under torchrun, mpirun, Slurm or PJM.",
     context_settings=FLAGS,
     epilog=examples(
         "tozan launch run.toml --launcher slurm --layout.data 8 --nodes 2 --cores 48 --dry-run",
@@ -235,7 +237,7 @@ def build_data(
     api.build_data(sources, out, limit=limit, shard_bytes=shard_megabytes << 20, on_event=click.echo, **options)
 
 
-@data.command("inspect", epilog=examples("tozan data inspect data/mine"))
+@data.command("inspect", short_help="Say what a data set holds.", epilog=examples("tozan data inspect data/mine"))
 @click.argument("path", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 def inspect_data(path: Path, as_json: bool) -> None:
@@ -246,7 +248,7 @@ def inspect_data(path: Path, as_json: bool) -> None:
     click.echo(json.dumps(found.manifest.model_dump(), indent=2, ensure_ascii=False) if as_json else found)
 
 
-@data.command("verify", epilog=examples("tozan data verify data/mine"))
+@data.command("verify", short_help="Check every byte of a data set.", epilog=examples("tozan data verify data/mine"))
 @click.argument("path", type=FOLDER)
 def verify_data(path: Path) -> None:
     """Check every byte of a data set; names each bad shard and member, and exits with 2 if there are any."""
@@ -305,10 +307,11 @@ def evaluate(checkpoint: Path, data: Path | None, samples: int, precision: str, 
 
 
 @cli.command(
+    short_help="Convert from or to a Hugging Face folder.",
     epilog=examples(
         "tozan convert runs/first exported/",
         "tozan convert gpt2/ imported/",
-    )
+    ),
 )
 @click.argument("source", type=FOLDER)
 @click.argument("destination", type=FOLDER)
@@ -338,6 +341,7 @@ def config() -> None:
 
 @config.command(
     "show",
+    short_help="Print every value and where it comes from.",
     context_settings=FLAGS,
     epilog=examples(
         "tozan config show run.toml",
@@ -370,6 +374,7 @@ def show_config(config: Path | None, flags: tuple[str, ...], presets: bool, toml
 
 @config.command(
     "check",
+    short_help="Check a config without training.",
     context_settings=FLAGS,
     epilog=examples(
         "tozan config check run.toml",
@@ -391,6 +396,7 @@ def check_config(config: Path, flags: tuple[str, ...], here: bool) -> None:
 
 @config.command(
     "schema",
+    short_help="Print the JSON Schema of a config.",
     epilog=examples(
         "tozan config schema > schema.json",
         "tozan config schema --page > config.md",

@@ -52,7 +52,10 @@ def finish(result: Result, page: Sequence[object], out: Path | None) -> None:
         click.echo(f"wrote {out}")
 
 
-@click.command(epilog=examples("tozan doctor", "tozan doctor --json > machine.json", "srun -n 1 tozan doctor"))
+@click.command(
+    short_help="Examine this machine: what is wrong, and what mends it.",
+    epilog=examples("tozan doctor", "tozan doctor --json > machine.json", "srun -n 1 tozan doctor"),
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @OUT
 def doctor(as_json: bool, out: Path | None) -> None:
@@ -74,7 +77,11 @@ def bench() -> None:
     """Measure this machine."""
 
 
-@bench.command("calibrate", epilog=examples("tozan bench calibrate --out mine.toml"))
+@bench.command(
+    "calibrate",
+    short_help="Measure this machine for `tozan plan`.",
+    epilog=examples("tozan bench calibrate --out mine.toml"),
+)
 @click.option("--out", type=FOLDER, default="machine.toml", show_default=True, help="File to write.")
 def bench_calibrate(out: Path) -> None:
     """Measure this machine in three minutes and write it as a machine file for `tozan plan`."""
@@ -85,7 +92,9 @@ def bench_calibrate(out: Path) -> None:
 
 
 @bench.command(
-    "gemm", epilog=examples("tozan bench gemm gpt2-124m --threads 1,2", "tozan bench gemm fugaku --out gemm.json")
+    "gemm",
+    short_help="Measure the matrix products of a model's step.",
+    epilog=examples("tozan bench gemm gpt2-124m --threads 1,2", "tozan bench gemm fugaku --out gemm.json"),
 )
 @click.argument("model", default="gpt2-124m")
 @click.option("--micro-batch", type=click.IntRange(1), help="Samples of a pass; without it, about 4,096 tokens.")
@@ -116,7 +125,11 @@ def bench_gemm(
     finish(result, gemm.page(result), out)
 
 
-@bench.command("compare", epilog=examples("tozan bench compare before.json after.json"))
+@bench.command(
+    "compare",
+    short_help="Say which differences exceed the noise.",
+    epilog=examples("tozan bench compare before.json after.json"),
+)
 @click.argument("a", type=FOLDER)
 @click.argument("b", type=FOLDER)
 @click.option("--anyway", is_flag=True, help="Also if they are of different kinds or from different machines.")
@@ -131,6 +144,7 @@ def bench_compare(a: Path, b: Path, anyway: bool) -> None:
 
 @bench.command(
     "step",
+    short_help="Measure a step of the trainer beside its floor.",
     context_settings={"ignore_unknown_options": True},
     epilog=examples(
         "tozan bench step gpt2-124m",
@@ -156,6 +170,7 @@ def bench_step(model: str, flags: tuple[str, ...], steps: int, seconds: float, r
 
 @bench.command(
     "collectives",
+    short_help="Measure collectives by size and type.",
     epilog=examples(
         "tozan bench collectives --ranks 2,4",
         "srun -n 8 tozan bench collectives --out collectives.json",
@@ -190,7 +205,11 @@ def bench_collectives(
         finish(result, collectives.page(result), out)
 
 
-@bench.command("io", epilog=examples("tozan bench io", "tozan bench io --documents 2000 --folder /mnt/shared"))
+@bench.command(
+    "io",
+    short_help="Measure tar shards against single files.",
+    epilog=examples("tozan bench io", "tozan bench io --documents 2000 --folder /mnt/shared"),
+)
 @click.option("--documents", type=click.IntRange(1), default=20_000, show_default=True, help="How many to write.")
 @click.option("--bytes", "size", type=click.IntRange(1), default=3_000, show_default=True, help="In each.")
 @click.option("--shard-megabytes", type=click.IntRange(1), default=8, show_default=True, help="Size of a shard.")
@@ -209,6 +228,7 @@ def bench_io(shard_megabytes: int, out: Path | None, **options: Any) -> None:
 
 @bench.command(
     "scaling",
+    short_help="Run jobs on growing numbers of processes.",
     context_settings={"ignore_unknown_options": True},
     epilog=examples(
         "tozan bench scaling --model gpt2-124m --ranks 1,2 --global-batch 8",

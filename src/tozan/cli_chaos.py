@@ -14,6 +14,7 @@ from tozan.cli_words import FOLDER, examples
 
 
 @click.command(
+    short_help="Train, with processes restarted when they are lost.",
     context_settings={"ignore_unknown_options": True},
     epilog=examples(
         "tozan agent run.toml --layout.data 4",
@@ -39,6 +40,7 @@ def agent(config: Path, flags: tuple[str, ...]) -> None:
 
 
 @click.command(
+    short_help="Train in peace and under faults, and compare.",
     context_settings={"ignore_unknown_options": True},
     epilog=examples(
         "tozan chaos", "tozan chaos --faults 419 --seed 1", "tozan chaos --hosts 2", "tozan chaos --layout.zero 2"

@@ -32,7 +32,11 @@ def plan() -> None:
     """
 
 
-@plan.command("layout", epilog=examples("tozan plan gpt2-1.3b --machine fugaku-2.0 --nodes 4096 --sweep strong"))
+@plan.command(
+    "layout",
+    short_help="Find the best layouts of a model on a machine.",
+    epilog=examples("tozan plan gpt2-1.3b --machine fugaku-2.0 --nodes 4096 --sweep strong"),
+)
 @click.argument("model")
 @click.option("--machine", default="", help="A machine that tozan ships, such as a100-80, or a machine file.")
 @click.option("--nodes", type=int, help="Nodes to use; without it, all, or what --deadline or --budget need.")
@@ -63,7 +67,11 @@ def plan_layout(model: str, machine: str, html: Path | None, out: Path | None, *
         write_plan(found.data(), html)
 
 
-@plan.command("validate", epilog=examples("tozan plan validate --rows", "tozan plan validate --tables held-out/"))
+@plan.command(
+    "validate",
+    short_help="Predict published tables, and print the errors.",
+    epilog=examples("tozan plan validate --rows", "tozan plan validate --tables held-out/"),
+)
 @click.option("--rows", is_flag=True, help="Print every row of every table.")
 @click.option(
     "--tables",
@@ -77,7 +85,7 @@ def plan_validate(rows: bool, tables: Path | None) -> None:
     click.echo(planner.validate(rows, tables).text)
 
 
-@plan.command("talk", epilog=examples("tozan plan talk days"))
+@plan.command("talk", short_help="Reproduce the talk that tozan grew from.", epilog=examples("tozan plan talk days"))
 @click.argument("page", required=False, type=click.Choice(["days", "weather", "trends", "table"]))
 def plan_talk(page: str | None) -> None:
     """Reproduce the pages of the talk that tozan grew from, conventions stated."""

@@ -19,6 +19,7 @@ class PathOrVerb(click.Group):
 
 
 @click.group(
+    short_help="Show a run, a measurement or a plan as a page.",
     cls=PathOrVerb,
     epilog=examples(
         "tozan report runs/first",
@@ -31,7 +32,11 @@ def report() -> None:
     """Show a run, a measurement or a plan as a page: tozan report PATH ... (`tozan report page --help`)."""
 
 
-@report.command("page", epilog=examples("tozan report runs/first", "tozan report runs/first --trace first.json"))
+@report.command(
+    "page",
+    short_help="Write the page of a run, measurement or plan.",
+    epilog=examples("tozan report runs/first", "tozan report runs/first --trace first.json"),
+)
 @click.argument("path", type=FOLDER)
 @click.option("--out", type=FOLDER, help="File to write; without it, report.html in the folder.")
 @click.option("--machine", help="Of a run: machine or machine file to price it with; else its own machine.toml.")
@@ -65,7 +70,10 @@ def print_ledger(run: Path) -> None:
     click.echo(table(run))
 
 
-@click.command(epilog=examples("tozan watch runs/first", "tozan watch runs/first --once"))
+@click.command(
+    short_help="Watch a run on the terminal while it goes on.",
+    epilog=examples("tozan watch runs/first", "tozan watch runs/first --once"),
+)
 @click.argument("run", type=FOLDER)
 @click.option("--once", is_flag=True, help="Print one frame and leave.")
 @click.option("--until-done", is_flag=True, help="Leave when the last step is done.")
