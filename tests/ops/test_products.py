@@ -21,8 +21,8 @@ def kernel(request, monkeypatch):
     if request.param == "own" and native._products() is None:
         pytest.skip("matrix products need AVX-512 with bf16")
     monkeypatch.setattr(native, "products_pay", lambda: request.param == "own")
-    library = tile_trap.library() if request.param == "tiles" else None
-    monkeypatch.setattr(tiles, "library", lambda: library)
+    library = tile_trap.library("products") if request.param == "tiles" else None
+    monkeypatch.setattr(tiles, "library", lambda task: library if task == "products" else None)
     with tile_trap.trapped() if library else contextlib.nullcontext():
         yield request.param
 
