@@ -55,7 +55,8 @@ class Candidates:
     offload: Ints
 
     def __len__(self) -> int:
-        return int(max(len(getattr(self, item.name)) for item in fields(self)))
+        sizes = [len(getattr(self, item.name)) for item in fields(self)]
+        return max(sizes) if min(sizes) else 0
 
     @property
     def ranks(self) -> Ints:
