@@ -114,7 +114,7 @@ def take_steps(path: Path, flags: list[str]) -> None:
     with join(mesh_layout(loaded.config), timeout_s=600) as mesh:
         run = assemble(loaded, mesh)
         mesh.ledger.clear()  # only steps count
-        clock, laps = Clock(lambda: None, mesh.ledger), []
+        clock, laps = Clock(run.device, mesh.ledger), []
         with StopSignal(mesh) as stop:
             for _ in range(loaded.config.train.steps):
                 stop.agreed()
