@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 from common import standard_text
 
-from tozan.comm.processor import cores
 from tozan.config import Loaded, load
+from tozan.cpuinfo import cores
 from tozan.models.arithmetic import model_flops
 from tozan.train import machine
 from tozan.train.run import open_data, shape_of

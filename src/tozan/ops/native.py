@@ -256,10 +256,14 @@ def build(folder: Path, source: Path | None = None, more: Sequence[str] = ()) ->
 
 
 def _texts(source: Path) -> list[bytes]:
-    """A source, and the files beside it that it includes."""
-    text = source.read_bytes()
-    included = re.findall(rb'^#include "(.+)"', text, re.MULTILINE)
-    return [text, *((source.parent / name.decode()).read_bytes() for name in included)]
+    """A source, and the files beside it that it includes, each once."""
+    found, ahead = {}, [source]
+    for path in ahead:
+        if path not in found:
+            found[path] = path.read_bytes()
+            included = re.findall(rb'^#include "(.+)"', found[path], re.MULTILINE)
+            ahead += [path.parent / name.decode() for name in included]
+    return list(found.values())
 
 
 def _flags() -> list[str]:
