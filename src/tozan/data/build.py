@@ -76,8 +76,8 @@ def build(
         spool.fill(_documents(sources, notes, on_event), limit)
         if not len(spool):
             raise UserError(Problem("sources", "there is no text in them", "name files or folders that hold text"))
-        left_out = f"{many(spool.duplicates, 'duplicate')} left out"
-        on_event(f"{many(len(spool), 'document')}, {scaled(spool.bytes, 'B')}, {left_out}")
+        texts, again = many(len(spool), "document"), many(spool.duplicates, "duplicate")
+        on_event(f"{texts}, {scaled(spool.bytes, 'B')}, {again} left out")
         splits = _splits(spool, validation, seed)
         chosen = given or _train(spool, splits["train"], vocabulary, on_event)
         recipe = {"seed": seed, "validation": validation, "shard_bytes": shard_bytes, **_made_of(spool, chosen)}
@@ -87,9 +87,8 @@ def build(
         files = scratch / "files"
         manifest = _fill(files, spool, splits, chosen, recipe, notes)
         publish(files, out, overwrite=overwrite)
-    on_event(
-        f"{sum(entry.tokens for entry in manifest.shards):,} tokens in {many(len(manifest.shards), 'shard')}: {out}"
-    )
+    tokens = sum(entry.tokens for entry in manifest.shards)
+    on_event(f"{tokens:,} tokens in {many(len(manifest.shards), 'shard')}: {out}")
     return manifest
 
 
