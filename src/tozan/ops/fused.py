@@ -44,14 +44,7 @@ def usable(q: Tensor) -> bool:
 
 def status(dtype: torch.dtype | None) -> str:
     """Who does causal attention in `dtype` on this processor, and why; None: it is done elsewhere."""
-    if native.status() != native.COMPILED:
-        return native.status()
-    found = tiles.verdict("attention") if dtype == torch.bfloat16 else None
-    if found and found.use:
-        return f"bf16 by tozan on AMX tiles: {found.why}; others by PyTorch"
-    if dtype and library(dtype):
-        return "fp32 and bf16 by tozan on AVX-512, others by PyTorch"
-    return f"PyTorch; tozan's on AMX tiles: {found.why}" if found else "PyTorch"
+    return tiles.status("attention", dtype, lambda: library(torch.float32) is not None, "PyTorch")
 
 
 def mean_keys(tokens: int) -> int:

@@ -47,14 +47,7 @@ def pays(dtype: torch.dtype) -> bool:
 
 def status(dtype: torch.dtype | None) -> str:
     """Who makes a linear layer's products in `dtype` on this processor, and why; None: they are made elsewhere."""
-    if native.status() != native.COMPILED:
-        return native.status()
-    found = tiles.verdict("products") if dtype == torch.bfloat16 else None
-    if found and found.use:
-        return f"bf16 by tozan on AMX tiles: {found.why}; others by PyTorch's libraries"
-    if dtype and native.products_pay():
-        return "fp32 and bf16 by tozan on AVX-512, others by PyTorch's libraries"
-    return f"PyTorch's libraries; tozan's on AMX tiles: {found.why}" if found else "PyTorch's libraries"
+    return tiles.status("products", dtype, native.products_pay, "PyTorch's libraries")
 
 
 def product_reference(

@@ -18,7 +18,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -81,6 +81,25 @@ def verdict(task: Task) -> Verdict | None:
     if found and found.use and task not in _allowed:
         return Verdict(False, "other ranks of this run do not use AMX tiles", failed=True)
     return found
+
+
+def status(task: Task, dtype: torch.dtype | None, on_vectors: Callable[[], bool], others: str) -> str:
+    """Who does something in `dtype` on this processor, and why.
+
+    Args:
+        task: what.
+        dtype: None: it is done elsewhere.
+        on_vectors: whether there is a kernel on AVX-512; asked only where there are no tiles.
+        others: who does what has no kernel.
+    """
+    if native.status() != native.COMPILED:
+        return native.status()
+    found = verdict(task) if dtype == torch.bfloat16 else None
+    if found and found.use:
+        return f"bf16 by tozan on AMX tiles: {found.why}; others by {others}"
+    if dtype and on_vectors():
+        return f"fp32 and bf16 by tozan on AVX-512, others by {others}"
+    return f"{others}; tozan's on AMX tiles: {found.why}" if found else others
 
 
 def trouble(task: Task) -> str:

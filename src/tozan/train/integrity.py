@@ -74,8 +74,7 @@ def combine(sums: Sequence[int], places: Sequence[int]) -> int:
 
 
 def signed(word: int) -> int:
-    """The number of 64 bits with a sign that has the bits of a word."""
-    word %= WORD
+    """The number of 64 bits with a sign that has the bits of a word below 2⁶⁴."""
     return word - WORD if word >= WORD // 2 else word
 
 
